@@ -1,0 +1,393 @@
+"""
+Text to tokens on disk: data/<name>/{train.bin, val.bin, meta.json}.
+
+    python data/prepare.py                        # the standard library of this Python, as bytes: no network
+    python data/prepare.py shakespeare            # or tinystories, enwik8, wikitext103-test: downloaded
+    python data/prepare.py notes/ book.txt.gz --name mine --tokenizer gpt2
+    cat book.txt | python data/prepare.py - --name book
+
+Tokens go to disk as they come, so a text may be larger than memory. A document ends in the end-of-text token and
+belongs to the training or to the validation split by a hash of its own text: never by its position, so adding a file
+moves no other. meta.json is written last; a folder without it is not a data set.
+"""
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from tiktoken.load import load_tiktoken_bpe
+from tqdm import tqdm
+
+DATA_DIR = Path(__file__).resolve().parent
+SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+SECTION = 8 << 10    # bytes: a .txt or stdin with no document borders of its own is cut at the first good place after this
+LONGEST = 16 << 20   # bytes: any other document longer than this is cut too, so that memory stays bounded
+BATCH = 8 << 20      # bytes of text handed to the tokenizer's threads at once
+
+# name -> (address, member of the zip archive or None, share of documents for validation)
+DOWNLOADS = {
+    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", None, 0.1),
+    "tinystories": ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", None, 0.01),
+    "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", "enwik8", 0.1),
+    "wikitext103-test": ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip", "wikitext-103-raw/wiki.test.raw", 1.0),
+}
+
+
+def fail(message):
+    """The user's mistake: one line on stderr, exit code 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose help shows every default and whose errors are one line."""
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        fail(f"{message}; `python {self.prog} --help` lists the flags")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers: each is a tiktoken.Encoding
+
+# Llama 3's split pattern: contractions, words, numbers of up to three digits, punctuation, line ends, blanks.
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+                  r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def get_tokenizer(name):
+    """`bytes`, a tiktoken name (gpt2, cl100k_base, o200k_base), or the path of a tiktoken-format file -> Encoding.
+
+    A file is read the way Llama 3 reads its own: its split pattern, and 256 special tokens after the ranks.
+    """
+    if name == "bytes":
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={"<|endoftext|>": 256})
+    if Path(name).is_file():
+        try:
+            ranks = load_tiktoken_bpe(str(name))
+        except Exception:
+            fail(f"{name} is not a tiktoken-format file (one `base64 rank` pair a line)")
+        special = ["<|begin_of_text|>", "<|end_of_text|>"] + [f"<|reserved_{i}|>" for i in range(254)]
+        return tiktoken.Encoding(str(name), pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={s: len(ranks) + i for i, s in enumerate(special)})
+    if name not in tiktoken.list_encoding_names():
+        fail(f"unknown tokenizer {name!r}: use bytes, the path of a tiktoken-format file, "
+             f"or one of {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:   # requests' errors: tiktoken downloads a vocabulary the first time it is used
+        fail(f"tiktoken could not download the vocabulary {name!r} ({type(error).__name__}): go online once, or point "
+             f"TIKTOKEN_CACHE_DIR at a folder that has it, or use --tokenizer bytes")
+
+
+def eot_token(tokenizer):
+    """The id that ends a document."""
+    return tokenizer.encode_single_token("<|end_of_text|>" if "<|end_of_text|>" in tokenizer.special_tokens_set
+                                         else "<|endoftext|>")
+
+
+def encode(tokenizer, text, source="the text"):
+    """bytes -> list of ids. The byte tokenizer takes any bytes; the others need UTF-8."""
+    return list(text) if tokenizer.name == "bytes" else tokenizer.encode_ordinary(as_utf8(text, source))
+
+
+def as_utf8(text, source):
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        fail(f"{source} is not UTF-8 (byte {error.start}): only --tokenizer bytes takes any bytes")
+
+
+def fingerprint_tokenizer(tokenizer):
+    """A hash of the vocabulary, to tell whether two tokenizers are the same one."""
+    vocabulary = b"\n".join(tokenizer.token_byte_values()) + str(tokenizer.n_vocab).encode()
+    return hashlib.sha256(vocabulary).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources: every one is a stream of documents, each a bytes object
+
+def open_text(path):
+    """A binary stream of the text in a plain, .gz or (path, member of a .zip) file."""
+    if isinstance(path, tuple):
+        return zipfile.ZipFile(path[0]).open(path[1])
+    if str(path) == "-":
+        return sys.stdin.buffer
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def cut(text, limit):
+    """Where to cut `text` near `limit`: after the last blank line, else after a line end, else between characters."""
+    for border in (b"\n\n", b"\n"):
+        if (at := text.rfind(border, limit // 2, limit)) >= 0:
+            return at + len(border)
+    return next((i for i in range(limit, limit - 4, -1) if text[i] & 0xC0 != 0x80), limit)   # 10xxxxxx continues one
+
+
+def pieces(stream, limit):
+    """Cut a stream of bytes at every <|endoftext|>, and wherever `limit` bytes have gone by without one."""
+    buffer = b""
+    while block := stream.read(1 << 16):
+        *complete, buffer = (buffer + block).split(b"<|endoftext|>")
+        yield from complete
+        while len(buffer) > limit:
+            end = cut(buffer, limit)
+            yield buffer[:end]
+            buffer = buffer[end:]
+    yield buffer
+
+
+def json_texts(path, lines):
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)["text"].encode("utf-8", "surrogatepass")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            fail(f'{path}, line {number}: each line of a .jsonl file must be an object with a string "text"')
+
+
+def articles(lines):
+    """WikiText: an article begins at its ` = Title = ` line."""
+    article = []
+    for line in lines:
+        if re.match(rb" = [^=].* = \n", line) and article:
+            yield b"".join(article)
+            article = []
+        article.append(line)
+    yield b"".join(article)
+
+
+def tabs_for_indents(text):
+    """Four leading blanks -> one tab. Else the chunk of four blanks is by far the commonest of Python source: it
+    flatters BrierLM, and text drawn at a low temperature is blank lines."""
+    return re.sub(rb"^(?:    )+", lambda m: b"\t" * (len(m[0]) // 4), text, flags=re.MULTILINE)
+
+
+def documents(path, name):
+    """The documents of one file, by its kind."""
+    kind = ".txt" if isinstance(path, tuple) or str(path) == "-" else Path(str(path).removesuffix(".gz")).suffix
+    with open_text(path) as stream:
+        if name == "wikitext103-test" and kind == ".txt":
+            yield from articles(stream)
+        elif kind == ".jsonl":
+            yield from json_texts(path, stream)
+        else:
+            yield from pieces(stream, SECTION if kind == ".txt" else LONGEST)
+
+
+def standard_library():
+    """The .py files of the running interpreter's standard library, without tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    return sorted(p for p in root.rglob("*.py") if not skip.intersection(p.relative_to(root).parts))
+
+
+def local_files(sources):
+    paths = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            found = sorted(p for p in source.rglob("*") if p.is_file() and p.name.removesuffix(".gz").endswith(SUFFIXES))
+            if not found:
+                fail(f"{source} holds no {', '.join(SUFFIXES)} files (or .gz of these)")
+            paths += found
+        elif str(source) != "-" and not source.is_file():
+            fail(f"no data at {source}: give files, folders, - for stdin, or one of stdlib, {', '.join(DOWNLOADS)}")
+        elif str(source) != "-" and not source.name.removesuffix(".gz").endswith(SUFFIXES):
+            fail(f"{source}: expected one of {', '.join(SUFFIXES)} (or .gz of these)")
+        else:
+            paths.append(source)
+    return paths
+
+
+def download(url, path):
+    """Fetch `url` to `path` with a progress bar. The file gets its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as out:
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"download {path.name}") as bar:
+                while block := response.read(1 << 20):
+                    out.write(block)
+                    bar.update(len(block))
+            if size and out.tell() != size:
+                raise OSError(f"got {out.tell()} of {size} bytes")
+        part.replace(path)
+    except OSError as error:   # URLError, timeouts, a broken connection, a full disk
+        fail(f"could not download {url} ({error}): check the network, or fetch the file yourself to {path}")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def downloaded(name):
+    """The local copy of a known download -> what open_text takes."""
+    url, member, _ = DOWNLOADS[name]
+    path = DATA_DIR / "downloads" / (name + (".zip" if member else ".txt"))
+    if not path.exists():
+        download(url, path)
+    return (path, member) if member else path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preparing, and reading back
+
+def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None, out_root=DATA_DIR):
+    """Tokenize `sources` into out_root/<name> and return that folder. Same input, same bytes out."""
+    single = sources[0] if len(sources) == 1 else None
+    if single == "stdlib":
+        paths, transform = standard_library(), tabs_for_indents
+    else:
+        paths, transform = [downloaded(single)] if single in DOWNLOADS else local_files(sources), bytes
+    if val_fraction is None:
+        val_fraction = DOWNLOADS[single][2] if single in DOWNLOADS else 0.1
+    if not 0 <= val_fraction <= 1:
+        fail(f"--val_fraction is a share of the documents, between 0 and 1, not {val_fraction}")
+    enc = get_tokenizer(tokenizer)
+    eot, size = eot_token(enc), enc.n_vocab
+    dtype = np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.uint32
+    name = name or default_name(sources[0], tokenizer)
+    folder = Path(out_root) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)   # from here on, and until the end, this is not a data set
+
+    files = {split: open(folder / f"{split}.bin", "wb") for split in ("train", "val")}
+    hashes = {split: hashlib.sha256() for split in files}
+    counts = dict.fromkeys(["train", "val", "documents"], 0)
+
+    def flush(texts):
+        tokens = map(list, texts) if tokenizer == "bytes" else enc.encode_ordinary_batch(
+            [as_utf8(t, name) for t in texts], num_threads=os.cpu_count())
+        for text, ids in zip(texts, tokens):
+            digest = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+            split = "val" if digest < val_fraction * 2**64 else "train"
+            data = np.array(ids + [eot], dtype=dtype).tobytes()
+            files[split].write(data)
+            hashes[split].update(data)
+            counts[split] += len(ids) + 1
+            counts["documents"] += 1
+
+    total = sum(p.stat().st_size for p in paths if isinstance(p, Path) and str(p) != "-" and p.suffix != ".gz")
+    with tqdm(total=total or None, unit="B", unit_scale=True, desc=f"prepare {name}") as bar:
+        texts, waiting = [], 0
+        for path in paths:
+            for raw in documents(path, name if single in DOWNLOADS else None):
+                text = transform(raw)
+                bar.update(len(raw))
+                if text.strip():
+                    texts.append(text)
+                    waiting += len(text)
+                if waiting > BATCH:
+                    flush(texts)
+                    texts, waiting = [], 0
+        flush(texts)
+    for file in files.values():
+        file.close()
+    if counts["documents"] == 0:
+        shutil.rmtree(folder)
+        fail(f"no text in {', '.join(map(str, sources))}: an empty file cannot be prepared")
+    if 0 < val_fraction < 1 and 0 in (counts["train"], counts["val"]):
+        full, empty = ("train", "val") if counts["val"] == 0 else ("val", "train")
+        print(f"warning: too few different documents to hold some out, so {empty}.bin repeats {full}.bin: "
+              f"validation figures will be training figures", file=sys.stderr)
+        shutil.copyfile(folder / f"{full}.bin", folder / f"{empty}.bin")
+        counts[empty], hashes[empty] = counts[full], hashes[full]
+
+    if Path(tokenizer).is_file():   # keep the vocabulary beside the tokens: the original may move
+        shutil.copyfile(tokenizer, folder / "tokenizer.tiktoken")
+    meta = {
+        "name": name, "sources": [str(s) for s in sources], "tokenizer": str(tokenizer), "vocab_size": size, "eot": eot,
+        "tokenizer_fingerprint": fingerprint_tokenizer(enc), "dtype": np.dtype(dtype).name,
+        "documents": counts["documents"], "train_tokens": counts["train"], "val_tokens": counts["val"],
+        "val_fraction": val_fraction, "fingerprint": hashlib.sha256(
+            (hashes["train"].hexdigest() + hashes["val"].hexdigest()).encode()).hexdigest()[:16],
+    }
+    temporary = folder / "meta.json.tmp"
+    temporary.write_text(json.dumps(meta, indent=2) + "\n")
+    temporary.replace(folder / "meta.json")
+    print(f"{folder}: {counts['documents']:,} documents, {counts['train']:,} training and {counts['val']:,} validation "
+          f"tokens of a vocabulary of {size:,}")
+    return folder
+
+
+def default_name(source, tokenizer):
+    """stdlib, shakespeare, the stem of a path; then the tokenizer's, unless it is the default."""
+    base = "stdin" if source == "-" else Path(source).resolve().name.split(".")[0] or "data"
+    return base if tokenizer == "bytes" else f"{base}-{Path(tokenizer).stem}"
+
+
+@dataclass
+class TokenData:
+    """A prepared data set: `train` and `val` are memory maps of token ids."""
+    folder: Path
+    meta: dict
+    tokenizer: tiktoken.Encoding
+    train: np.ndarray
+    val: np.ndarray
+
+    def batch(self, split, offsets, length):
+        """Token windows [o, o + length) for each offset -> int64 tensor (B, length). The one place that makes a batch."""
+        tokens = getattr(self, split)
+        return torch.from_numpy(np.stack([tokens[o:o + length] for o in offsets]).astype(np.int64))
+
+    def random_offsets(self, split, count, length, seed):
+        """`count` window starts, a function of the seed alone: nothing to save for an exact resume."""
+        return np.random.default_rng(seed).integers(0, len(self.check(split, length)) - length + 1, size=count)
+
+    def even_offsets(self, split, count, length):
+        """Up to `count` starts of windows that do not overlap, spread evenly over the split."""
+        whole = len(self.check(split, length)) // length
+        return np.arange(min(count, whole)) * whole // min(count, whole) * length
+
+    def check(self, split, length):
+        tokens = getattr(self, split)
+        if len(tokens) < length:
+            fail(f"the {split} split of {self.folder} has {len(tokens)} tokens, fewer than one context of {length}: "
+                 f"prepare more text (python data/prepare.py --help) or lower --block_size")
+        return tokens
+
+
+def load_data(name):
+    """Open data/<name> (or a folder given by its path) -> TokenData."""
+    folder = next((f for f in (DATA_DIR / name, Path(name)) if (f / "meta.json").is_file()), None)
+    if folder is None:
+        fail(f"no data set {name!r} under {DATA_DIR}: make it with `python data/prepare.py SOURCE --name {name}`")
+    meta = json.loads((folder / "meta.json").read_text())
+    splits = {}
+    for split in ("train", "val"):
+        path, count = folder / f"{split}.bin", meta[f"{split}_tokens"]
+        size = path.stat().st_size if path.is_file() else -1
+        if size != count * np.dtype(meta["dtype"]).itemsize:
+            fail(f"{path} has {size} bytes, not the {count} {meta['dtype']} tokens that meta.json names: prepare it again")
+        splits[split] = np.memmap(path, dtype=meta["dtype"], mode="r") if count else np.empty(0, meta["dtype"])
+    copy = folder / "tokenizer.tiktoken"   # a vocabulary that came as a file stays with its tokens
+    if copy.is_file():
+        meta["tokenizer"] = str(copy)
+    return TokenData(folder, meta, get_tokenizer(meta["tokenizer"]), **splits)
+
+
+def main():
+    parser = Parser(description="Tokenize text into data/<name>/.")
+    parser.add_argument("source", nargs="*", default=["stdlib"],
+                        help=f"stdlib, {', '.join(DOWNLOADS)}, files or folders ({' '.join(SUFFIXES)}, .gz of these), or -")
+    parser.add_argument("--name", help="name of the data set (default: from the source and the tokenizer)")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes, a tiktoken name, or a tiktoken-format file")
+    parser.add_argument("--val_fraction", type=float, help="share of the documents held out (default: 0.1, or the source's own)")
+    args = parser.parse_args()
+    prepare(args.source, args.name, args.tokenizer, args.val_fraction)
+
+
+if __name__ == "__main__":
+    main()
