@@ -8,7 +8,7 @@ Text to tokens on disk: data/<name>/{train.bin, val.bin, meta.json}.
 
 Tokens go to disk as they come, so a text may be larger than memory. A document ends in the end-of-text token and
 belongs to the training or to the validation split by a hash of its own text: never by its position, so adding a file
-moves no other. meta.json is written last; a folder without it is not a data set.
+moves no other.
 """
 import argparse
 import gzip
@@ -22,6 +22,7 @@ import sysconfig
 import urllib.request
 import zipfile
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -226,7 +227,7 @@ def download(url, path):
             if size and out.tell() != size:
                 raise OSError(f"got {out.tell()} of {size} bytes")
         part.replace(path)
-    except OSError as error:   # URLError, timeouts, a broken connection, a full disk
+    except (OSError, HTTPException) as error:   # no network, a timeout, a broken connection, a full disk
         fail(f"could not download {url} ({error}): check the network, or fetch the file yourself to {path}")
     finally:
         part.unlink(missing_ok=True)
@@ -244,8 +245,10 @@ def downloaded(name):
 # ----------------------------------------------------------------------------------------------------------------------
 # Preparing, and reading back
 
-def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None, out_root=DATA_DIR):
-    """Tokenize `sources` into out_root/<name> and return that folder. Same input, same bytes out."""
+def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None, out_root=None):
+    """Tokenize `sources` into out_root/<name> (default: data/<name>) and return that folder. Same input, same bytes out.
+
+    It is made under another name and renamed when whole: until then an earlier data set of that name stays."""
     single = sources[0] if len(sources) == 1 else None
     if single == "stdlib":
         paths, transform = standard_library(), tabs_for_indents
@@ -259,11 +262,12 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     eot, size = eot_token(enc), enc.n_vocab
     dtype = np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.uint32
     name = name or default_name(sources[0], tokenizer)
-    folder = Path(out_root) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)   # from here on, and until the end, this is not a data set
+    folder = Path(out_root or DATA_DIR) / name
+    partial = folder.with_name(f".{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)   # of an earlier run that was killed
+    partial.mkdir(parents=True)
 
-    files = {split: open(folder / f"{split}.bin", "wb") for split in ("train", "val")}
+    files = {split: open(partial / f"{split}.bin", "wb") for split in ("train", "val")}
     hashes = {split: hashlib.sha256() for split in files}
     counts = dict.fromkeys(["train", "val", "documents"], 0)
 
@@ -296,17 +300,17 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     for file in files.values():
         file.close()
     if counts["documents"] == 0:
-        shutil.rmtree(folder)
+        shutil.rmtree(partial)
         fail(f"no text in {', '.join(map(str, sources))}: an empty file cannot be prepared")
     if 0 < val_fraction < 1 and 0 in (counts["train"], counts["val"]):
         full, empty = ("train", "val") if counts["val"] == 0 else ("val", "train")
         print(f"warning: too few different documents to hold some out, so {empty}.bin repeats {full}.bin: "
               f"validation figures will be training figures", file=sys.stderr)
-        shutil.copyfile(folder / f"{full}.bin", folder / f"{empty}.bin")
+        shutil.copyfile(partial / f"{full}.bin", partial / f"{empty}.bin")
         counts[empty], hashes[empty] = counts[full], hashes[full]
 
     if Path(tokenizer).is_file():   # keep the vocabulary beside the tokens: the original may move
-        shutil.copyfile(tokenizer, folder / "tokenizer.tiktoken")
+        shutil.copyfile(tokenizer, partial / "tokenizer.tiktoken")
     meta = {
         "name": name, "sources": [str(s) for s in sources], "tokenizer": str(tokenizer), "vocab_size": size, "eot": eot,
         "tokenizer_fingerprint": fingerprint_tokenizer(enc), "dtype": np.dtype(dtype).name,
@@ -314,9 +318,9 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
         "val_fraction": val_fraction, "fingerprint": hashlib.sha256(
             (hashes["train"].hexdigest() + hashes["val"].hexdigest()).encode()).hexdigest()[:16],
     }
-    temporary = folder / "meta.json.tmp"
-    temporary.write_text(json.dumps(meta, indent=2) + "\n")
-    temporary.replace(folder / "meta.json")
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
     print(f"{folder}: {counts['documents']:,} documents, {counts['train']:,} training and {counts['val']:,} validation "
           f"tokens of a vocabulary of {size:,}")
     return folder

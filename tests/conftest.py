@@ -1,0 +1,41 @@
+"""What the tests share: running a script's main() in this process, and a small data set."""
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import data.prepare
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(module, "--flag", value, ...) -> exit code, stdout, stderr of that script."""
+    def run(module, *argv):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
+        capsys.readouterr()
+        code = 0
+        try:
+            module.main()
+        except SystemExit as exit:
+            code = exit.code
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
+    return run
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    """An empty folder in place of data/."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setattr(data.prepare, "DATA_DIR", folder)
+    return folder
+
+
+@pytest.fixture
+def foxes(data_dir, tmp_path):
+    """A prepared data set named `foxes`: one sentence over and over."""
+    text = tmp_path / "foxes.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 800)
+    data.prepare.prepare([text], out_root=data_dir)
+    return "foxes"

@@ -1,0 +1,344 @@
+"""The mathematics: energy score, temperature, Brier scores, cache, causality, generation, cost.
+
+Statistical claims are tested five standard errors wide: a correct program fails less than once in a million runs."""
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from autoencoder import Autoencoder, AutoencoderConfig
+from calm import (AR, CALM, ARConfig, CALMConfig, KVCache, distances, energy_score, flops_per_token, generate, pad_front, stream,
+                  temperature_batch)
+from eval_brier import brier_by_rollout, brier_ngram, brierlm
+
+V, EOT = 16, 15
+
+
+def tiny_calm(K=4, seed=0, **options):
+    torch.manual_seed(seed)
+    autoencoder = Autoencoder(AutoencoderConfig(V, K, latent_dim=6, n_embd=16, n_ff=24))
+    model = CALM(CALMConfig(V, K, 6, n_embd=32, n_ff=48, n_layer=2, n_head=4, n_head_layer=1, n_noise=8, block_size=12,
+                            num_samples=4, num_targets=5, **options), autoencoder)
+    for p in model.parameters():   # far from the small initial weights, so that samples differ
+        torch.nn.init.normal_(p, std=0.5) if p.ndim > 1 else None
+    return model.eval()
+
+
+def tiny_ar(vocab_size=V, seed=0):
+    torch.manual_seed(seed)
+    model = AR(ARConfig(vocab_size, n_embd=32, n_ff=48, n_layer=2, n_head=4, block_size=48))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3) if p.ndim > 1 else None
+    return model.eval()
+
+
+def both():
+    return [pytest.param(tiny_calm, id="calm"), pytest.param(tiny_ar, id="ar")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The energy score
+
+def expected_distance(mean, std):
+    """E|d| of d ~ N(mean, std^2)."""
+    return std * math.sqrt(2 / math.pi) * math.exp(-mean ** 2 / (2 * std ** 2)) + mean * math.erf(mean / (std * math.sqrt(2)))
+
+
+def scores_of(mean, std, alpha, P=200_000, N=3, M=4):
+    """Energy losses of a forecast N(mean, std^2) for outcomes N(0, 1), at P positions with the same noise each call."""
+    torch.manual_seed(0)
+    return energy_score(mean + std * torch.randn(N, P, 1), torch.randn(M, P, 1), alpha)
+
+
+def test_energy_score_is_unbiased():
+    losses = scores_of(0.7, 1.5, alpha=1.0)
+    exact = 2 * expected_distance(0.7, math.hypot(1.5, 1)) - expected_distance(0, 1.5 * math.sqrt(2))
+    assert abs(losses.mean() - exact) < 5 * losses.std() / len(losses) ** 0.5
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("mean, std", [(0.3, 1), (-0.3, 1), (0, 0.7), (0, 1.4), (0, 0.01)])
+def test_energy_score_is_minimised_by_the_true_distribution(mean, std, alpha):
+    excess = scores_of(mean, std, alpha) - scores_of(0, 1, alpha)
+    assert excess.mean() > 5 * excess.std() / len(excess) ** 0.5
+
+
+def test_energy_score_with_alpha_2_sees_only_the_mean():
+    excess = scores_of(0, 0.3, alpha=2.0) - scores_of(0, 1, alpha=2.0)
+    assert abs(excess.mean()) < 5 * excess.std() / len(excess) ** 0.5
+    excess = scores_of(0.3, 1, alpha=2.0) - scores_of(0, 1, alpha=2.0)
+    assert excess.mean() > 5 * excess.std() / len(excess) ** 0.5
+
+
+def test_energy_score_equals_the_double_sum():
+    x, y = torch.randn(5, 3, 7, dtype=torch.float64), torch.randn(9, 3, 7, dtype=torch.float64)
+    for alpha in (0.5, 1.0, 1.7):
+        to_targets = (x[:, None] - y[None]).norm(dim=-1).pow(alpha).mean((0, 1))
+        pairs = [(x[n] - x[k]).norm(dim=-1).pow(alpha) for n in range(5) for k in range(5) if n != k]
+        torch.testing.assert_close(energy_score(x, y, alpha), (2 * to_targets - sum(pairs) / 20).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_energy_score_has_a_finite_gradient_where_points_meet(alpha):
+    x = torch.zeros(4, 2, 3, requires_grad=True)
+    energy_score(x, torch.zeros(5, 2, 3), alpha).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_distances_have_the_gradient_of_the_norm():
+    x, y = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 5, 4)
+    distances(x, y, 1.0).sum().backward()
+    difference = x.detach()[:, :, None] - y[:, None]                          # the naive (P, N, M, L)
+    torch.testing.assert_close(x.grad, (difference / difference.norm(dim=-1, keepdim=True)).sum(2), rtol=1e-4, atol=1e-5)
+
+
+def test_energy_loss_memory_grows_little_with_the_targets():
+    """M = 100 -> 200 at P = 4096, L = 128, N = 8: under 600 MB, forward and backward (the naive form: 1.7 GB)."""
+    script = """
+import resource, sys, torch
+from calm import CALMConfig, EnergyHead
+head = EnergyHead(CALMConfig(latent_dim=128, n_embd=32, n_head_layer=1, num_samples=8, num_targets=int(sys.argv[1])))
+torch.nn.init.normal_(head.out2.weight)
+mean, log_std = torch.randn(4096, 128), torch.randn(4096, 128)
+head.loss(torch.randn(4096, 32), mean, log_std).mean().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1 / 1024))
+"""
+    peak = [float(subprocess.run([sys.executable, "-c", script, str(M)], capture_output=True, check=True).stdout) for M in (100, 200)]
+    assert 0 < peak[1] - peak[0] < 600 * 2 ** 20, f"{(peak[1] - peak[0]) / 2 ** 20:.0f} MB"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Temperature
+
+def draw_chunks(p, N, batch):
+    """N x batch samples of an outcome with probabilities p, written as chunks of two equal tokens."""
+    return torch.multinomial(p, N * batch, replacement=True).view(N, batch, 1).expand(-1, -1, 2)
+
+
+def frequencies(p, N, temperature, batch, repeats=1):
+    picks = torch.cat([temperature_batch(draw_chunks(p, N, batch), temperature)[:, 0] for _ in range(repeats)])
+    return picks.bincount(minlength=len(p)).double() / len(picks)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_batch_sampling_converges_to_the_power_of_the_distribution(n):
+    torch.manual_seed(0)
+    p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).double()
+    power = p ** n / (p ** n).sum()
+    distance = [(frequencies(p, N, 1 / n, 500, repeats=20) - power).abs().sum().item() / 2 for N in (n, 200)]
+    assert distance[1] < 0.025 < distance[0]   # 10,000 draws: sampling error is about 0.01; N = n is biased
+
+
+def test_batch_sampling_has_the_law_of_algorithm_2():
+    """Two outcomes, N = 4, T = 1/2: the law by enumeration of all counts, the fallback to single counts not needed."""
+    torch.manual_seed(0)
+    p, N, batch = torch.tensor([0.7, 0.3]).double(), 4, 100_000
+    law = sum(math.comb(N, c) * 0.7 ** c * 0.3 ** (N - c) * math.comb(c, 2) / (math.comb(c, 2) + math.comb(N - c, 2))
+              for c in range(N + 1))
+    assert abs(frequencies(p, N, 0.5, batch)[0] - law) < 5 * math.sqrt(law * (1 - law) / batch)
+
+
+def test_batch_sampling_falls_back_to_smaller_orders():
+    samples = torch.tensor([[1, 1], [2, 2], [1, 1], [3, 3]])[:, None]         # no chunk four times, one twice
+    assert all(temperature_batch(samples, 0.25).tolist() == [[1, 1]] for _ in range(20))
+    different = torch.arange(4).view(4, 1, 1).expand(-1, 2000, 2)             # all once: uniform
+    counts = temperature_batch(different, 0.5)[:, 0].bincount(minlength=4)
+    assert (counts - 500).abs().max() < 5 * math.sqrt(2000 * 0.25 * 0.75)
+
+
+def test_ar_temperature_sharpens_the_softmax():
+    model = tiny_ar()
+    h = torch.randn(1, 32).expand(100_000, -1)
+    p = (model.lm_head(h[0]).detach() / 0.5).softmax(-1)
+    found = model.draw(h, 0.5)[:, 0].bincount(minlength=V) / len(h)
+    assert ((found - p).abs() < 5 * (p * (1 - p) / len(h)).sqrt() + 1e-6).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Brier scores
+
+@pytest.mark.parametrize("S", [2, 8])
+def test_brier_ngram_is_unbiased(S):
+    torch.manual_seed(0)
+    P, ways = 100_000, torch.tensor(list(itertools.product(range(2), repeat=4)))   # the 16 chunks of two tokens
+    p = torch.rand(16).double().softmax(0)
+    y = torch.tensor([0, 1, 1, 0])
+    samples = ways[torch.multinomial(p, S * P, replacement=True)].view(S, P, 4)
+    found = brier_ngram(samples, y.expand(P, 4)).double()                     # (P, 4)
+    for n in range(1, 5):
+        law = torch.zeros(2 ** n).double().index_add_(0, (ways[:, :n] * 2 ** torch.arange(n)).sum(1), p)
+        exact = 2 * law[(y[:n] * 2 ** torch.arange(n)).sum()] - (law ** 2).sum()
+        assert abs(found[:, n - 1].mean() - exact) < 5 * found[:, n - 1].std() / P ** 0.5
+
+
+def test_more_samples_make_a_tighter_estimate():
+    torch.manual_seed(0)
+    spread = [brier_ngram(torch.randint(2, (S, 20_000, 4)), torch.zeros(20_000, 4).long()).std(0) for S in (2, 8)]
+    assert (spread[1] < 0.6 * spread[0]).all()
+
+
+@torch.no_grad()
+def test_ar_rollout_gives_the_exact_brier_scores():
+    torch.manual_seed(0)
+    model, rows = tiny_ar(vocab_size=3), 4000
+    window = torch.randint(3, (1, 8))
+    found = brier_by_rollout(model, window.expand(rows, -1), stride=4, S=2)[:, 0].double()   # n-grams from token 4 on
+    ways = torch.tensor(list(itertools.product(range(3), repeat=4)))          # every continuation of the first 4 tokens
+    texts = torch.cat([window[:, :4].expand(81, -1), ways], dim=1)
+    p = model.lm_head(model.hidden(texts[:, :-1])).softmax(-1)[:, 3:].gather(-1, ways[..., None])[..., 0].cumprod(-1).double()
+    for n in range(1, 5):
+        prefix = (ways[:, :n] * 3 ** torch.arange(n)).sum(1)
+        law = {key: p[prefix == key][0, n - 1] for key in prefix.unique().tolist()}
+        y = (window[0, 4:4 + n] * 3 ** torch.arange(n)).sum().item()
+        exact = 2 * law[y] - sum(v ** 2 for v in law.values())
+        assert abs(found[:, n - 1].mean() - exact) < 5 * found[:, n - 1].std() / rows ** 0.5 + 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("K, S", [(1, 2), (2, 4), (3, 4)])
+def test_calm_rollout_agrees_with_pairs_of_whole_rollouts(K, S):
+    model, rows, start = tiny_calm(K), 20_000, 2 * K
+    steps = math.ceil(4 / K)
+    window = torch.randint(V, (1, start + steps * K)).expand(rows, -1)
+    pair = torch.stack([generate(model, window[:, :start], steps * K)[:, start:] for _ in range(2)])
+    direct = brier_ngram(pair, window[:, start:]).double()
+    found = brier_by_rollout(model, window, stride=start, S=S)[:, 0].double()
+    error = (direct.var(0) / rows + found.var(0) / rows).sqrt()
+    assert ((direct.mean(0) - found.mean(0)).abs() < 5 * error + 1e-3).all()
+    assert 0.05 < pair[0, :, 0].eq(pair[1, :, 0]).double().mean() < 0.95     # else the claim would say little
+
+
+def test_brierlm_is_the_geometric_mean_and_zero_below_zero():
+    import numpy as np
+    assert brierlm(np.array([0.4, 0.2, 0.1, 0.05])) == pytest.approx(100 * (0.4 * 0.2 * 0.1 * 0.05) ** 0.25)
+    assert brierlm(np.array([0.4, 0.2, 0.1, -0.05])) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transformer
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", both())
+def test_cached_and_uncached_hidden_states_agree(make):
+    model = make()
+    K = model.chunk_size
+    tokens = torch.randint(V, (2, 12 * K))
+    whole, cache, parts, begin = model.hidden(tokens), KVCache(12), [], 0
+    for length in (5, 1, 1, 3, 2):   # a prefill, single steps, and several new chunks after cached ones
+        parts.append(model.hidden(tokens[:, begin * K:(begin + length) * K], cache))
+        begin += length
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", both())
+def test_no_position_sees_its_future(make):
+    model = make()
+    K = model.chunk_size
+    tokens = torch.randint(V, (1, 8 * K))
+    changed = tokens.clone()
+    changed[:, 5 * K:] = (changed[:, 5 * K:] + 1) % V
+    before, after = model.hidden(tokens), model.hidden(changed)
+    torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=1e-6)
+    assert (before[:, 5:] - after[:, 5:]).abs().amax(-1).min() > 1e-3         # and from there on every state changes
+
+
+def test_the_frozen_autoencoder_gets_no_gradient_and_stays_in_eval_mode():
+    model = tiny_calm().train()
+    before = {k: v.clone() for k, v in model.autoencoder.state_dict().items()}
+    model.loss(torch.randint(V, (2, 20)))[0].backward()
+    assert not model.autoencoder.training
+    assert all(p.grad is None for p in model.autoencoder.parameters())
+    assert all(p.grad is not None for n, p in model.named_parameters() if not n.startswith("autoencoder."))
+    assert all(torch.equal(v, before[k]) for k, v in model.autoencoder.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["discrete", "continuous", "both"])
+def test_every_input_mode_trains_and_generates(mode):
+    model = tiny_calm(input_mode=mode)
+    model.loss(torch.randint(V, (2, 20)))[0].backward()
+    assert generate(model, torch.randint(V, (2, 4)), 8).shape == (2, 12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+def test_padding_goes_in_front():
+    assert pad_front(torch.tensor([[1, 2, 3, 4, 5]]), 4, EOT).tolist() == [[EOT, EOT, EOT, 1, 2, 3, 4, 5]]
+    assert pad_front(torch.tensor([[1, 2, 3, 4]]), 4, EOT).tolist() == [[1, 2, 3, 4]]
+    assert pad_front(torch.zeros(1, 0).long(), 4, EOT).tolist() == [[EOT] * 4]
+
+
+@pytest.mark.parametrize("make", both())
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("length", [0, 3, 5, 8])
+def test_prompts_of_any_length_are_continued(make, temperature, length):
+    model, prompt = make(), torch.randint(V - 1, (3, length))
+    torch.manual_seed(1)
+    text = generate(model, prompt, 10, temperature, num_candidates=20, eot=EOT)
+    torch.manual_seed(1)
+    assert torch.equal(generate(model, prompt, 10, temperature, num_candidates=20, eot=EOT), text)   # same seed, same text
+    assert torch.equal(text[:, :length], prompt) and length < text.shape[1] <= length + 10
+
+
+@pytest.mark.parametrize("make", both())
+def test_after_end_of_text_comes_only_end_of_text(make):
+    torch.manual_seed(0)
+    model = make()
+    text = generate(model, torch.randint(V - 1, (50, 4)), 40, eot=EOT)[:, 4:]
+    ended = (text == EOT).cumsum(1) > 0
+    assert ended.any() and not ended.all()
+    assert (text[ended] == EOT).all()
+
+
+def test_generation_stops_when_every_text_has_ended():
+    model = tiny_ar()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    with torch.no_grad():
+        model.draw = lambda h, *_: torch.full((len(h), 1), EOT)
+    assert len(list(stream(model, torch.randint(V - 1, (2, 4)), 30, eot=EOT))) == 1
+
+
+@pytest.mark.parametrize("make", both())
+def test_text_may_outgrow_the_context(make):
+    """Past the context, the last half of it is encoded anew: the next draw is that of a fresh model given that half."""
+    model = make()
+    K, context = model.chunk_size, model.config.block_size
+    seen = []
+    model.draw = lambda h, *_: seen.append(h) or torch.randint(V, (len(h), K))
+    text = generate(model, torch.randint(V, (1, K)), (context + 3) * K)
+    assert text.shape[1] == (context + 4) * K
+    # draw i (from 0) sees i + 1 chunks; draw `context` is the first after the cache was full
+    window = text[:, (context + 1 - context // 2) * K:(context + 1) * K]
+    torch.testing.assert_close(seen[context], model.hidden(window)[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_longer_than_the_context_is_an_error():
+    with pytest.raises(ValueError, match="context"):
+        generate(tiny_calm(), torch.zeros(1, 52).long(), 4)
+    with pytest.raises(ValueError, match="temperature"):
+        generate(tiny_calm(), torch.zeros(1, 4).long(), 4, temperature=1.5)
+    with pytest.raises(ValueError, match="candidates"):
+        generate(tiny_calm(), torch.zeros(1, 4).long(), 4, temperature=0.1, num_candidates=5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cost
+
+@pytest.mark.parametrize("n_layer, n_embd, n_ff, n_head_layer, inference, training",
+                         [(16, 1024, 2752, 4, 2.9e8, 3.7e20), (16, 1536, 4096, 4, 4.6e8, 7.7e20)])
+def test_flops_are_the_papers(n_layer, n_embd, n_ff, n_head_layer, inference, training):
+    """Table 1: CALM-M and CALM-L. A run is 250k steps of 2M tokens."""
+    config = CALMConfig(128256, n_embd=n_embd, n_ff=n_ff, n_layer=n_layer, n_head_layer=n_head_layer)
+    flops = flops_per_token(config, AutoencoderConfig(128256))
+    assert f"{flops['inference']:.1e}" == f"{inference:.1e}"
+    assert flops["train"] * 5e11 == pytest.approx(training, rel=0.06)
+
+
+def test_flops_of_the_baseline_are_the_papers():
+    flops = flops_per_token(ARConfig(128256))                                 # Transformer-S
+    assert f"{flops['inference']:.1e}" == "4.4e+08"
+    assert flops["train"] * 5e11 == pytest.approx(6.6e20, rel=0.06)
