@@ -28,12 +28,24 @@ class AutoencoderConfig:
     vocab_size: int = 257      # V: bytes and end-of-text
     chunk_size: int = 4        # K: tokens in a chunk
     latent_dim: int = 128      # L: the paper uses 32 K
-    n_embd: int = 512          # H
+    n_embd: int = 512          # H: width
     n_ff: int = 1280           # width of the SwiGLU
     n_layer: int = 2           # blocks a side: the first half sees single tokens, the second half the whole chunk
     dropout: float = 0.15      # of latent dimensions, and of input tokens
-    kl_weight: float = 1e-3    # beta
+    kl_weight: float = 1e-3    # beta: of the KL term
     kl_clip: float = 0.5       # nats a dimension below which the KL term does not push: no dimension collapses
+
+    def __post_init__(self):
+        check_sizes(self)
+        if not 0 <= self.dropout < 1:
+            fail(f"dropout must be in [0, 1), not {self.dropout}")
+
+
+def check_sizes(config):
+    """Every whole number in a config counts something."""
+    for name, value in vars(config).items():
+        if isinstance(value, int) and value < 1:
+            fail(f"{name} must be at least 1, not {value}")
 
 
 class RMSNorm(nn.RMSNorm):
@@ -251,10 +263,13 @@ def accuracy(model, chunks, noise):
     """Decode chunks (..., K) from vectors near their means -> (share of tokens right, share of whole chunks right).
 
     noise: a standard deviation around the mean, or "posterior" for the encoder's own."""
-    mean, log_std = model.encode(chunks)
-    z = mean + (log_std.exp() if noise == "posterior" else noise) * torch.randn_like(mean)
-    right = model.decode(z).argmax(-1) == chunks
-    return right.float().mean().item(), right.all(-1).float().mean().item()
+    right = []
+    for part in chunks.view(-1, chunks.shape[-1]).split(4096):
+        mean, log_std = model.encode(part)
+        z = mean + (log_std.exp() if noise == "posterior" else noise) * torch.randn_like(mean)
+        right.append(model.decode(z).argmax(-1) == part)
+    right = torch.cat(right).float()
+    return right.mean().item(), right.prod(-1).mean().item()
 
 
 def show(tokenizer, chunk):

@@ -16,24 +16,25 @@ M target samples, P positions (B and T flattened). tokens (B, T*K), h (B, T, D),
 """
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autoencoder import Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, init_weights, load_checkpoint
+from autoencoder import Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check_sizes, init_weights, load_checkpoint
 from data.prepare import fail
 
 
 @dataclass
 class CALMConfig:
-    vocab_size: int = 257          # V
+    vocab_size: int = 257          # V: bytes and end-of-text
     chunk_size: int = 4            # K: tokens in a chunk
     latent_dim: int = 128          # L: size of a chunk's vector
-    n_embd: int = 768              # D
+    n_embd: int = 768              # D: width
     n_ff: int = 2048               # width of the SwiGLU
-    n_layer: int = 12
-    n_head: int = 16
+    n_layer: int = 12              # blocks of the Transformer
+    n_head: int = 16               # attention heads
     n_head_layer: int = 3          # blocks of the generative head: the paper takes n_layer / 4
     n_noise: int = 64              # size of the head's noise
     block_size: int = 2048         # context in chunks
@@ -41,8 +42,15 @@ class CALMConfig:
     num_targets: int = 100         # M: target samples a position
     alpha: float = 1.0             # exponent of the energy score, in (0, 2)
     input_mode: str = "discrete"   # what the Transformer reads: discrete (token embeddings), continuous (latents), both
-    head: str = "energy"
-    aux_weight: float = 0.0        # departure: weight of a next-chunk cross-entropy read from h, dropped at inference
+    head: str = "energy"           # generative head
+    aux_weight: float = 0.0        # departure from the paper: weight of a next-chunk cross-entropy read from h; unused at inference
+
+    def __post_init__(self):
+        check_heads(self)
+        if self.num_samples < 2:
+            fail(f"num_samples must be at least 2 (the energy score compares samples), not {self.num_samples}")
+        if not 0 < self.alpha < 2:
+            fail(f"alpha must be in (0, 2), where the energy score is strictly proper, not {self.alpha}")
 
 
 @dataclass
@@ -53,6 +61,15 @@ class ARConfig:
     n_layer: int = 12
     n_head: int = 16
     block_size: int = 2048         # context in tokens
+
+    def __post_init__(self):
+        check_heads(self)
+
+
+def check_heads(config):
+    check_sizes(config)
+    if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
+        fail(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}, into heads of an even width")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,8 +148,6 @@ class Transformer(nn.Module):
     """Vectors in, hidden states out: (B, T, D) -> (B, T, D). CALM feeds it chunks, AR feeds it tokens."""
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
-            fail(f"--n_embd {config.n_embd} must be divisible by --n_head {config.n_head}, into heads of an even width")
         self.block_size = config.block_size
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.norm = RMSNorm(config.n_embd)
@@ -448,19 +463,12 @@ def flops_per_token(config, autoencoder=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
 
-def build_model(checkpoint):
-    """A checkpoint of kind "calm" or "ar" -> the model, in eval mode."""
-    if checkpoint["kind"] == "ar":
+def load_model(out_dir, kind, device="cpu"):
+    """The "calm" or "ar" of a run -> (model in eval mode, checkpoint)."""
+    checkpoint = load_checkpoint(Path(out_dir) / f"{kind}.pt", kind)
+    if kind == "ar":
         model = AR(ARConfig(**checkpoint["config"]))
     else:
         model = CALM(CALMConfig(**checkpoint["config"]), Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"])))
     model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
-def load_model(path, device="cpu"):
-    """calm.pt or ar.pt -> (model, checkpoint)."""
-    checkpoint = load_checkpoint(path)
-    if checkpoint["kind"] not in ("calm", "ar"):
-        fail(f"{path} holds an {checkpoint['kind']}: give a calm.pt or ar.pt")
-    return build_model(checkpoint).to(device), checkpoint
+    return model.to(device).eval(), checkpoint

@@ -11,7 +11,6 @@ are equal. Brier-n takes n-grams as outcomes; BrierLM = 100 * (Brier-1 * Brier-2
 """
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -93,7 +92,7 @@ def brier_of_windows(model, tokens, stride, S):
 
 
 @torch.inference_mode()
-def evaluate(model, data, device, dtype, windows=256, num_samples=8, stride=None, context=None, seed=0, progress=False):
+def evaluate(model, data, device, dtype, windows=1500, num_samples=4, stride=None, context=None, seed=0, progress=False):
     """BrierLM on the validation split -> {"brier", "brierlm", "stderr", "positions", "samples"}.
 
     Windows of `context` tokens (default: the model's) are spread evenly over the split; n-grams start every `stride`
@@ -135,8 +134,8 @@ def main():
     parser.add_argument("--out_dir", default="out/stdlib", help="the run's folder")
     parser.add_argument("--model", default="calm", choices=("calm", "ar"), help="which of its models")
     parser.add_argument("--data", help="data set under data/ (default: the one it was trained on)")
-    parser.add_argument("--windows", type=int, default=256, help="validation windows, evenly spread")
-    parser.add_argument("--num_samples", type=int, default=8, help="S: samples a position, at least 2")
+    parser.add_argument("--windows", type=int, default=1500, help="validation windows, evenly spread (fewer if the text is short)")
+    parser.add_argument("--num_samples", type=int, default=4, help="S: samples a position, at least 2")
     parser.add_argument("--stride", type=int, help="tokens from one n-gram's start to the next (default: K, at least 4)")
     parser.add_argument("--context", type=int, help="tokens a window (default: the model's context)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
@@ -148,7 +147,7 @@ def main():
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name} must be at least {least}, not {getattr(args, name)}")
     device = select_device(args.device)
-    model, checkpoint = load_model(Path(args.out_dir) / f"{args.model}.pt", device)
+    model, checkpoint = load_model(args.out_dir, args.model, device)
     data = load_data(args.data or checkpoint["data"]["name"])
     check_tokenizer(checkpoint, data)
     result = evaluate(model, data, device, select_dtype(args.dtype, device), args.windows, args.num_samples, args.stride,

@@ -56,7 +56,7 @@ def main():
 
     device = select_device(args.device)
     dtype = select_dtype(args.dtype, device)
-    model, checkpoint = load_model(Path(args.out_dir) / f"{args.model}.pt", device)
+    model, checkpoint = load_model(args.out_dir, args.model, device)
     tokenizer = load_tokenizer(checkpoint)
     eot, K = eot_token(tokenizer), model.chunk_size
     ids = encode(tokenizer, read_start(args.start), "the prompt")
@@ -74,10 +74,10 @@ def main():
     with autocast(device, dtype):
         for new in stream(model, prompt, args.max_new_tokens, args.temperature, args.num_candidates, eot):
             for text, tokens in zip(texts, new.tolist()):
-                shown = until_eot(text, eot)
+                shown = len(until_eot(text, eot))
                 text += tokens[:args.max_new_tokens - len(text)]
                 if text is texts[0]:   # the first text streams, the others follow when all are done
-                    write(tokenizer.decode_bytes(until_eot(text, eot)[len(shown):]))
+                    write(tokenizer.decode_bytes(until_eot(text, eot)[shown:]))
     write(b"", final=True)
     seconds = time.time() - began
     for text in texts[1:]:

@@ -10,10 +10,13 @@ The one training loop: stage 1 the autoencoder, stage 2 CALM, or the token-by-to
 A run lives in --out_dir: autoencoder.pt, calm.pt or ar.pt, and log.jsonl. Every micro-batch seeds its own noise from
 (seed, step, its number), so a resumed run, or one spread over other processes, draws what the plain run draws.
 """
+import inspect
 import json
 import math
 import os
+import re
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -32,17 +35,17 @@ from data.prepare import DATA_DIR, DOWNLOADS, Parser, eot_token, fail, load_data
 
 # The paper's sizes and training (section 6), and two small recipes found by measurement. Any flag given wins.
 PAPER = dict(chunk_size=4, latent_dim=128, ae_n_embd=512, ae_n_ff=1280, n_head=16, block_size=2048, optimizer="adamw",
-             lr=3e-4, warmup_steps=2000, decay_frac=0.0, max_steps=250_000, batch_size=8, grad_accum=32, aux_weight=0.0,
-             ae_lr=3e-4, ae_warmup_steps=1000, ae_decay_frac=0.0, ae_max_steps=30_000, ae_batch_size=64)
+             lr=3e-4, warmup_steps=2000, decay_frac=0.0, max_steps=250_000, batch_size=8, grad_accum=32, alpha=1.0,
+             aux_weight=0.0, ae_lr=3e-4, ae_warmup_steps=1000, ae_decay_frac=0.0, ae_max_steps=30_000, ae_batch_size=2,
+             ae_grad_accum=32)
+SMALL = dict(chunk_size=4, latent_dim=32, ae_n_embd=256, ae_n_ff=640, optimizer="muon", lr=3e-3, muon_lr=0.01,
+             warmup_steps=50, decay_frac=0.4, batch_size=8, grad_accum=1, alpha=0.5, aux_weight=0.5, ae_lr=3e-3,
+             ae_warmup_steps=50, ae_decay_frac=0.4, ae_batch_size=8, ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(chunk_size=4, latent_dim=32, ae_n_embd=256, ae_n_ff=640, n_layer=4, n_embd=256, n_head=4, n_ff=688,
-                 n_head_layer=1, block_size=128, optimizer="muon", lr=3e-3, muon_lr=0.01, warmup_steps=50, decay_frac=0.4,
-                 max_steps=2500, batch_size=4, grad_accum=1, aux_weight=0.5,
-                 ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.4, ae_max_steps=600, ae_batch_size=8),
-    "mini": dict(chunk_size=4, latent_dim=32, ae_n_embd=256, ae_n_ff=640, n_layer=8, n_embd=512, n_head=8, n_ff=1376,
-                 n_head_layer=2, block_size=256, optimizer="muon", lr=3e-3, muon_lr=0.01, warmup_steps=100, decay_frac=0.4,
-                 max_steps=6000, batch_size=32, grad_accum=1, aux_weight=0.5,
-                 ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.4, ae_max_steps=2000, ae_batch_size=16),
+    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=1900,
+                 ae_max_steps=600),
+    "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=6000,
+                 batch_size=32, ae_max_steps=2000, ae_batch_size=16),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
     "M": dict(PAPER, n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
     "L": dict(PAPER, n_layer=16, n_embd=1536, n_ff=4096, n_head_layer=4),
@@ -54,8 +57,11 @@ STAGE = {"autoencoder": 0, "calm": 1, "ar": 2}   # keeps the stages' random draw
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 
-def parse_args(argv=None):
-    parser = Parser(description="Train CALM, its autoencoder, or the AR baseline.")
+CHOICES = {"input_mode": ("discrete", "continuous", "both"), "head": ("energy",)}
+
+
+def parse_args(argv):
+    parser = Parser(usage="python train.py [flags]", description="Train CALM, its autoencoder, or the AR baseline.")
     run = parser.add_argument_group("run")
     run.add_argument("--model", default="calm", choices=list(STAGE), help="what to train; calm trains its autoencoder first")
     run.add_argument("--preset", default="auto", choices=["auto", *PRESETS], help="auto: mini on CUDA, else nano")
@@ -67,91 +73,72 @@ def parse_args(argv=None):
     run.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of matrix products")
     run.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on CUDA")
+    run.add_argument("--log_interval", type=int, default=10, help="steps between lines of log.jsonl")
+    run.add_argument("--eval_interval", type=int, default=500, help="steps between evaluations, each followed by a checkpoint")
+
     loop = parser.add_argument_group("training")
     loop.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"), help="muon: for the matrices inside the model")
-    loop.add_argument("--lr", type=float, default=3e-4, help="of AdamW")
-    loop.add_argument("--muon_lr", type=float, default=0.01, help="of Muon")
+    loop.add_argument("--muon_lr", type=float, default=0.01, help="peak learning rate of Muon")
     loop.add_argument("--weight_decay", type=float, default=0.1, help="of matrices; vectors have none")
     loop.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
-    loop.add_argument("--warmup_steps", type=int, default=2000, help="steps of linear warm-up")
-    loop.add_argument("--decay_frac", type=float, default=0.0, help="share of the steps, at the end, over which lr falls to 0")
-    loop.add_argument("--max_steps", type=int, default=250_000, help="optimizer steps")
-    loop.add_argument("--batch_size", type=int, default=8, help="sequences a micro-batch")
-    loop.add_argument("--grad_accum", type=int, default=1, help="micro-batches a step and process")
-    loop.add_argument("--ae_lr", type=float, default=3e-4, help="the same settings for the autoencoder (AdamW, one micro-batch)")
-    loop.add_argument("--ae_warmup_steps", type=int, default=1000)
-    loop.add_argument("--ae_decay_frac", type=float, default=0.0)
-    loop.add_argument("--ae_max_steps", type=int, default=30_000)
-    loop.add_argument("--ae_batch_size", type=int, default=64, help="sequences of block_size chunks")
-    loop.add_argument("--log_interval", type=int, default=10, help="steps between lines of log.jsonl")
-    loop.add_argument("--eval_interval", type=int, default=500, help="steps between evaluations, each followed by a checkpoint")
-    add_config_flags(parser.add_argument_group("model (CALM and, where it has the field, AR)"), CALMConfig, "")
-    add_config_flags(parser.add_argument_group("autoencoder"), AutoencoderConfig, "ae_")
+    model = parser.add_argument_group("model (the baseline takes what it has; its context is the same text, block_size * K tokens)")
+    stage1 = parser.add_argument_group("autoencoder")
+    for group, prefix in ((loop, ""), (stage1, "ae_")):   # each stage has its own
+        add = lambda name, type, help: group.add_argument(f"--{prefix}{name}", type=type, default=PAPER[prefix + name], help=help)
+        add("lr", float, "peak learning rate of AdamW")
+        add("warmup_steps", int, "steps of linear warm-up")
+        add("decay_frac", float, "share of the steps, at the end, over which the rate falls to 0")
+        add("max_steps", int, "optimizer steps")
+        add("batch_size", int, "sequences of block_size chunks in a micro-batch")
+        add("grad_accum", int, "micro-batches a step, shared among the processes (at least one each)")
+    add_fields(model, CALMConfig, skip={"vocab_size"})
+    add_fields(stage1, AutoencoderConfig, skip={"vocab_size", "chunk_size", "latent_dim"})   # these must agree: one flag each
 
-    early = parser.parse_args(argv)   # first for the preset (or the run to resume), then again over its defaults
+    # Parsed twice: first for the preset (or the run to resume), then, help included, with its settings as the defaults.
+    early = parser.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
     preset = ("mini" if select_device(early.device).type == "cuda" else "nano") if early.preset == "auto" else early.preset
     parser.set_defaults(**PRESETS[preset])
     if early.resume:
         parser.set_defaults(**resumed_settings(early))
     args = parser.parse_args(argv)
     args.out_dir = Path(args.out_dir or Path("out") / Path(args.data).name)
-    check_args(args)
+    for name in ("max_steps", "batch_size", "grad_accum", "ae_max_steps", "ae_batch_size", "ae_grad_accum", "log_interval",
+                 "eval_interval"):
+        if getattr(args, name) < 1:
+            fail(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.match_flops and args.model != "ar":
+        fail("--match_flops sets the length of an AR run: add --model ar")
+    for config in (AutoencoderConfig, CALMConfig, ARConfig):   # wrong sizes are found now, not after the autoencoder
+        config_of(config, args)
     return args
 
 
-def add_config_flags(group, config, prefix):
-    """Every field of a config dataclass becomes a flag; the autoencoder's get the prefix where both have the name."""
-    clash = {f.name for f in fields(CALMConfig)} if prefix else set()
+def add_fields(group, config, skip):
+    """Every field of a config is a flag, and the comment beside it is its help."""
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.MULTILINE))
+    taken = {f.name for f in fields(CALMConfig)} if config is not CALMConfig else {}
     for f in fields(config):
-        shared = prefix and f.name in ("chunk_size", "latent_dim")   # one flag for both: they must agree
-        if f.name != "vocab_size" and not shared:
-            name = prefix + f.name if f.name in clash else f.name
-            choices = {"input_mode": ("discrete", "continuous", "both"), "head": ("energy",)}.get(f.name)
-            group.add_argument(f"--{name}", type=type(f.default), default=f.default, choices=choices, help=HELP.get(f.name))
-
-
-HELP = {
-    "chunk_size": "K: tokens in a chunk", "latent_dim": "L: size of a chunk's vector", "n_embd": "width",
-    "n_ff": "width of the SwiGLU", "n_layer": "blocks (autoencoder: a side)", "n_head": "attention heads",
-    "n_head_layer": "blocks of the generative head", "n_noise": "size of the head's noise",
-    "block_size": "context in chunks (AR gets the same text: K times as many tokens)", "num_samples": "N: head samples a position",
-    "num_targets": "M: target samples a position", "alpha": "exponent of the energy score, in (0, 2)",
-    "input_mode": "what the Transformer reads", "head": "generative head",
-    "aux_weight": "departure from the paper: weight of a next-chunk cross-entropy read from h, dropped at inference",
-    "dropout": "of latent dimensions and of input tokens, stage 1", "kl_weight": "beta, stage 1",
-    "kl_clip": "nats a latent dimension below which the KL term does not push, stage 1",
-}
+        if f.name not in skip:
+            group.add_argument(f"--{'ae_' if f.name in taken else ''}{f.name}", type=f.type, default=f.default,
+                               choices=CHOICES.get(f.name), help=comments[f.name])
 
 
 def resumed_settings(early):
     """The settings saved in the checkpoint that --resume goes on from."""
     out_dir = Path(early.out_dir or Path("out") / Path(early.data).name)
-    saved = [out_dir / f"{kind}.pt" for kind in (early.model, "autoencoder")]
-    path = next((p for p in saved if p.is_file()), None)
-    if path is None or early.model == "ar" and path != saved[0]:
+    stages = {"calm": ("calm", "autoencoder")}.get(early.model, (early.model,))
+    path = next((out_dir / f"{stage}.pt" for stage in stages if (out_dir / f"{stage}.pt").is_file()), None)
+    if path is None:
         fail(f"nothing to resume in {out_dir}: start with `python train.py --out_dir {out_dir}`")
     settings = load_checkpoint(path)["settings"]
-    return {k: v for k, v in settings.items() if k not in ("resume", "out_dir", "device", "model")}
+    return {k: v for k, v in settings.items() if k not in ("resume", "out_dir", "device", "model", "match_flops")}
 
 
-def check_args(args):
-    if args.chunk_size < 1:
-        fail(f"--chunk_size must be at least 1, not {args.chunk_size}")
-    for name in ("block_size", "n_layer", "n_embd", "n_ff", "n_head", "latent_dim", "max_steps", "batch_size", "grad_accum",
-                 "ae_n_layer", "ae_n_embd", "ae_n_ff", "ae_max_steps", "ae_batch_size", "log_interval", "eval_interval",
-                 "num_targets", "n_noise"):
-        if getattr(args, name) < 1:
-            fail(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.num_samples < 2:
-        fail(f"--num_samples must be at least 2 (the energy score compares samples), not {args.num_samples}")
-    if args.n_embd % args.n_head or args.n_embd // args.n_head % 2:
-        fail(f"--n_embd {args.n_embd} must be divisible by --n_head {args.n_head}, into heads of an even width")
-    if not 0 < args.alpha < 2:
-        fail(f"--alpha must be in (0, 2), where the energy score is strictly proper, not {args.alpha}")
-    if not 0 <= args.dropout < 1:
-        fail(f"--dropout must be in [0, 1), not {args.dropout}")
-    if args.match_flops and args.model != "ar":
-        fail("--match_flops sets the length of an AR run: add --model ar")
+def config_of(kind, args, **given):
+    """A config from the flags of the same names (the autoencoder's have a prefix where CALM's have the name)."""
+    prefix = "ae_" if kind is AutoencoderConfig else ""
+    flag = lambda name: getattr(args, prefix + name, getattr(args, name, 1))   # vocab_size is no flag: the data's
+    return kind(**{f.name: given.get(f.name, flag(f.name)) for f in fields(kind)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,7 +157,8 @@ class World:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.dtype = select_dtype(args.dtype, self.device)
         self.compile = args.compile == "on" or args.compile == "auto" and self.device.type == "cuda"
-        torch.set_float32_matmul_precision("high")   # TF32 where the card has it
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")   # TF32 for what stays in float32
         self.stopped = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
@@ -178,7 +166,7 @@ class World:
     def stop(self, *_):
         """Ctrl-C and a scheduler's SIGTERM: the loop ends after this step and saves. A second one ends at once."""
         if self.stopped:
-            raise KeyboardInterrupt
+            raise SystemExit(130)
         self.stopped = True
 
     def say(self, *text):
@@ -225,9 +213,9 @@ def make_optimizers(model, args, stage):
 
 
 def lr_factor(step, warmup, decay_frac, max_steps):
-    """Linear warm-up, then constant, then linear to 0 over the last decay_frac of the run."""
+    """Of step 1..max_steps: linear warm-up, then constant, then linear to 0 over the last decay_frac of the run."""
     decay = decay_frac * max_steps
-    return min(1.0, (step + 1) / (warmup + 1), (max_steps - step) / decay if decay else 1.0)
+    return min(1.0, step / (warmup + 1), (max_steps + 1 - step) / decay if decay else 1.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,7 +235,7 @@ def validate(stage, model, data, world, length, brier_windows):
         else:
             metrics = {"val_loss": model.loss(tokens)[0].item()}
     if stage != "autoencoder" and brier_windows:
-        result = eval_brier.evaluate(model, data, world.device, world.dtype, windows=brier_windows, num_samples=4)
+        result = eval_brier.evaluate(model, data, world.device, world.dtype, windows=brier_windows)
         metrics["brierlm"], metrics["stderr"] = result["brierlm"], result["stderr"]
     model.train()
     return metrics
@@ -279,44 +267,64 @@ def trim_log(path, stage, step):
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def train_stage(stage, model, args, data, world, flops, extra, resume_from=None):
-    """Train `model` to its last step, checkpointing to out_dir/<stage>.pt -> True, or False if it was interrupted.
+def micro_batches(data, args, world, stage, step, count, batch_size, length):
+    """This process's share of one step's batch: `count` tensors of tokens (batch_size, length).
 
-    flops: training FLOPs a token; extra: what else belongs in the checkpoint; resume_from: a checkpoint of this stage.
-    """
+    All processes draw the same offsets and take every size-th micro-batch; each seeds its own noise before it is used."""
+    offsets = data.random_offsets("train", world.size * count * batch_size, length, (args.seed, STAGE[stage], step))
+    for micro in range(count):
+        number = micro * world.size + world.rank
+        tokens = data.batch("train", offsets[number * batch_size:(number + 1) * batch_size], length)
+        if world.device.type == "cuda":
+            tokens = tokens.pin_memory()   # so that the copy can overlap the step before
+        torch.manual_seed((args.seed << 40) + (STAGE[stage] << 38) + (step << 12) + number)
+        yield tokens.to(world.device, non_blocking=True)
+
+
+def update(optimizers, scaler, parameters, grad_clip):
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+
+
+def train_stage(stage, model, args, data, world, cost, extra, resume_from=None):
+    """Train `model` to its last step, with checkpoints in out_dir/<stage>.pt.
+
+    cost: training FLOPs a token; extra: what else belongs in the checkpoint; resume_from: a checkpoint of this stage."""
     first = stage == "autoencoder"
-    steps, warmup, decay_frac, batch_size = ((args.ae_max_steps, args.ae_warmup_steps, args.ae_decay_frac, args.ae_batch_size)
-                                             if first else
-                                             (args.max_steps, args.warmup_steps, args.decay_frac, args.batch_size))
-    accum = 1 if first else args.grad_accum
-    K = model.config.chunk_size if stage != "ar" else args.chunk_size
+    setting = lambda name: getattr(args, f"ae_{name}" if first else name)
+    steps, batch_size = setting("max_steps"), setting("batch_size")
+    accum = math.ceil(setting("grad_accum") / world.size)                     # micro-batches of each process
+    K = args.chunk_size
     length = args.block_size * K + {"autoencoder": 0, "calm": K, "ar": 1}[stage]   # inputs, and the last target
     tokens_per_step = world.size * accum * batch_size * args.block_size * K
     path, log_path = args.out_dir / f"{stage}.pt", args.out_dir / "log.jsonl"
+    data.check("train", length), data.check("val", length)
 
     model.to(world.device).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(model, args, stage)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    step = 0
+    begin = 0
     if resume_from:
-        step = resume_from["step"]
+        begin = resume_from["step"]
         for optimizer, state in zip(optimizers, resume_from["optimizers"]):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(resume_from["scaler"])
-    earlier = trim_log(log_path, stage, step) if world.main else 0.0          # seconds spent before this process
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    model.forward = model.loss   # what DistributedDataParallel and torch.compile wrap
+    model.forward = model.loss   # what torch.compile and DistributedDataParallel wrap
     compute = torch.compile(model) if world.compile else model
     if world.size > 1:
         compute = DistributedDataParallel(compute, device_ids=[world.device.index] if world.device.type == "cuda" else None)
-    data.check("train", length), data.check("val", length)
-
     world.say(f"{stage}: {sum(p.numel() for p in parameters):,} parameters, {steps:,} steps of {tokens_per_step:,} tokens, "
-              f"{flops * tokens_per_step * steps:.2e} FLOPs, on {world.size} x {world.device.type} in "
+              f"{cost * tokens_per_step * steps:.2e} FLOPs, on {world.size} x {world.device.type} in "
               f"{str(world.dtype).removeprefix('torch.')}{', compiled' if world.compile else ''}")
-    peak = peak_flops(world.device, world.dtype) if world.device.type == "cuda" and world.main else None
+    peak = peak_flops(world.device, world.dtype) if world.device.type == "cuda" else None
 
-    def save():
+    def save(step):
         if world.main:
             save_checkpoint(path, {
                 "kind": stage, "config": asdict(model.config), "model": model.state_dict(), "step": step, "done": step >= steps,
@@ -324,77 +332,61 @@ def train_stage(stage, model, args, data, world, flops, extra, resume_from=None)
                 "random": {"seed": args.seed, "step": step},   # all of it: each micro-batch is seeded by these
                 "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
                 "data": {**data.meta, "name": args.data}, **extra,
-                "flops": extra.get("flops", 0.0) + flops * tokens_per_step * step})
+                "flops": extra.get("flops", 0.0) + cost * tokens_per_step * step})
 
-    bar = tqdm(total=steps, initial=step, desc=stage, unit="step", disable=not world.main)
-    began, began_at, evaluated = time.time(), step, 0.0
-    while step < steps:
-        factor = lr_factor(step, warmup, decay_frac, steps)
+    earlier = trim_log(log_path, stage, begin) if world.main else 0.0         # seconds spent before this process
+    bar = tqdm(total=steps, initial=begin, desc=stage, unit="step", disable=not world.main)
+    began, paused = time.time(), 0.0
+    for step in range(begin + 1, steps + 1):
+        factor = lr_factor(step, setting("warmup_steps"), setting("decay_frac"), steps)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = factor * group["peak_lr"]
-        offsets = data.random_offsets("train", world.size * accum * batch_size, length, (args.seed, STAGE[stage], step))
-        mean_loss = 0.0
-        for micro in range(accum):
-            number = micro * world.size + world.rank                          # of this micro-batch in the whole step
-            batch = data.batch("train", offsets[number * batch_size:(number + 1) * batch_size], length)
-            if world.device.type == "cuda":
-                batch = batch.pin_memory().to(world.device, non_blocking=True)
-            batch = batch.to(world.device)
-            torch.manual_seed((args.seed << 40) + (STAGE[stage] << 38) + (step << 12) + number)
-            last = micro == accum - 1   # processes exchange gradients once a step
-            with nullcontext() if last or world.size == 1 else compute.no_sync():
+        loss = 0.0
+        for micro, tokens in enumerate(micro_batches(data, args, world, stage, step, accum, batch_size, length)):
+            exchange = world.size == 1 or micro == accum - 1   # processes average their gradients once a step
+            with nullcontext() if exchange else compute.no_sync():
                 with autocast(world.device, world.dtype):
-                    loss, metrics = compute(batch.unflatten(1, (-1, K)) if first else batch)
-                scaler.scale(loss / accum).backward()
-            mean_loss = mean_loss + metrics["loss"] / accum
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        step += 1
+                    objective, _ = compute(tokens.unflatten(1, (-1, K)) if first else tokens)
+                scaler.scale(objective / accum).backward()
+            loss = loss + objective.detach() / accum
+        update(optimizers, scaler, parameters, args.grad_clip)
         bar.update()
 
         evaluating = step % args.eval_interval == 0 or step == steps
-        logging = step % args.log_interval == 0 or step == 1 or evaluating
+        logging = evaluating or step % args.log_interval == 0 or step == 1
         stopping = world.stopped if world.size == 1 else logging and world.mean(world.stopped) > 0   # all, or none
-        if logging or stopping:
-            value = world.mean(mean_loss)
-            if not math.isfinite(value):
-                bar.close()
-                kept = f"{path} holds the last good step" if path.exists() else "no checkpoint had been written yet"
-                fail(f"the loss of {stage} is {value} at step {step}: stopped; {kept}. Lower --lr / --muon_lr, or try --dtype float32")
-            seconds = time.time() - began - evaluated
-            speed = (step - began_at) * tokens_per_step / seconds
-            shown = {"loss": f"{value:.3f}", "tok/s": f"{speed:,.0f}"}
-            entry = {"stage": stage, "step": step, "loss": value, "tokens": step * tokens_per_step, "seconds": round(earlier + seconds, 2),
-                     "lr": factor * optimizers[0].param_groups[0]["peak_lr"]}
-            if peak:
-                entry["mfu"] = speed * flops / (peak * world.size)
-                entry["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
-                shown["mfu"] = f"{entry['mfu']:.0%}"
-            bar.set_postfix(shown)
-            if evaluating and world.main:
-                paused = time.time()
-                entry.update(validate(stage, model, data, world, length, 0 if step == steps else 32))
-                world.say(f"{stage} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in entry.items()
-                                                               if k not in ("stage", "step", "tokens", "seconds")))
-                evaluated += time.time() - paused
-            if world.main:
-                with open(log_path, "a") as log:
-                    log.write(json.dumps(entry) + "\n")
-            if stopping or evaluating:
-                save()
-                world.barrier()
-            if stopping and step < steps:
-                bar.close()
-                world.say(f"interrupted at step {step}, saved to {path}. Go on with: python train.py --resume "
-                          f"--model {args.model} --out_dir {args.out_dir}")
-                return False
+        if not (logging or stopping):
+            continue
+        loss = world.mean(loss)                                               # the one place where the host waits
+        if not math.isfinite(loss):
+            bar.close()
+            kept = f"{path} holds the last good step" if path.exists() else "no checkpoint had been written yet"
+            fail(f"the loss of {stage} is {loss} at step {step}: stopped; {kept}. Lower --lr or --muon_lr, or try --dtype float32")
+        seconds = time.time() - began - paused
+        speed = (step - begin) * tokens_per_step / seconds
+        entry = {"stage": stage, "step": step, "loss": loss, "tokens": step * tokens_per_step,
+                 "seconds": round(earlier + seconds, 2), "lr": factor * optimizers[0].param_groups[0]["peak_lr"]}
+        if peak:
+            entry["mfu"] = speed * cost / (peak * world.size)
+            entry["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}", **({"mfu": f"{entry['mfu']:.0%}"} if peak else {})})
+        if evaluating and world.main:
+            now = time.time()
+            entry.update(validate(stage, model, data, world, length, brier_windows=0 if step == steps else 32))
+            world.say(f"{stage} step {step}: " + ", ".join(f"{k} {entry[k]:.4g}" for k in entry if k not in ("stage", "step", "tokens")))
+            paused += time.time() - now
+        if world.main:
+            with open(log_path, "a") as log:
+                log.write(json.dumps(entry) + "\n")
+        if stopping or evaluating:
+            save(step)
+            world.barrier()
+        if stopping and step < steps:
+            bar.close()
+            world.say(f"interrupted at step {step}, saved to {path}. Go on with: python train.py --resume "
+                      f"--model {args.model} --data {args.data} --out_dir {args.out_dir}")
+            raise SystemExit(130)
     bar.close()
-    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -409,11 +401,11 @@ def open_data(args, world):
     return load_data(args.data)
 
 
-def open_stage(stage, config, args, data, build):
+def open_stage(stage, config, args, data, build, *parts):
     """-> (model, checkpoint to go on from or None). A checkpoint that does not fit is an error, never overwritten."""
     path = args.out_dir / f"{stage}.pt"
     torch.manual_seed(args.seed)
-    model = build()
+    model = build(*parts)
     if not path.exists():
         return model, None
     checkpoint = load_checkpoint(path, stage)
@@ -431,25 +423,21 @@ def open_stage(stage, config, args, data, build):
     return model, checkpoint
 
 
-def config_of(kind, args, **given):
-    """A config dataclass from the flags of the same names (the autoencoder's have their prefix)."""
-    prefix = "ae_" if kind is AutoencoderConfig else ""
-    return kind(**{f.name: given.get(f.name, getattr(args, prefix + f.name, getattr(args, f.name, None))) for f in fields(kind)})
-
-
 def finish(model, args, data, world):
-    """BrierLM, two samples, and what to run next."""
+    """BrierLM, a held-out text continued, and what to run next."""
     result = eval_brier.evaluate(model, data, world.device, world.dtype, progress=True)
     print("\n" + eval_brier.describe(result))
     with open(args.out_dir / "log.jsonl", "a") as log:
         log.write(json.dumps({"stage": args.model, "step": args.max_steps, "seconds": 0.0, "final": True, **result}) + "\n")
-    prompt = torch.full((1, 1), eot_token(data.tokenizer), device=world.device)
+    middle = data.even_offsets("val", 2, args.block_size * args.chunk_size)[-1:]
+    prompt = data.batch("val", middle, args.block_size * args.chunk_size // 4).to(world.device)
+    decode = lambda tokens: data.tokenizer.decode_bytes(tokens.tolist()).decode("utf-8", "replace")
+    print(f"\n--- held-out text {'-' * 62}\n{decode(prompt[0])}")
     for temperature in (1.0, 0.5):
         torch.manual_seed(args.seed)
         with autocast(world.device, world.dtype):
-            text = generate(model, prompt, 400, temperature, eot=eot_token(data.tokenizer))[0, 1:].tolist()
-        print(f"\n--- a sample at T = {temperature:g} " + "-" * 60)
-        print(data.tokenizer.decode_bytes(text).decode("utf-8", "replace"))
+            text = generate(model, prompt, 400, temperature, eot=eot_token(data.tokenizer))
+        print(f"--- continued by the model at T = {temperature:g} {'-' * 43}\n{decode(text[0, prompt.shape[1]:])}")
     print("-" * 80 + "\nNext:")
     print(f"  python sample.py --out_dir {args.out_dir} --model {args.model} --temperature 0.5 --start 'def main('")
     if args.model == "calm":
@@ -461,7 +449,7 @@ def finish(model, args, data, world):
 
 
 def main():
-    args = parse_args()
+    args = parse_args(sys.argv[1:])
     world = World(args)
     data = open_data(args, world)
     vocab_size = data.meta["vocab_size"]
@@ -469,31 +457,27 @@ def main():
 
     if args.model != "ar":
         config = config_of(AutoencoderConfig, args, vocab_size=vocab_size)
-        model, checkpoint = open_stage("autoencoder", config, args, data, lambda: Autoencoder(config))
-        flops = flops_per_token(config)["train"]
-        if not (checkpoint and checkpoint["step"] >= args.ae_max_steps):
-            if not train_stage("autoencoder", model, args, data, world, flops, {}, checkpoint):
-                return
-        autoencoder = load_autoencoder(load_checkpoint(args.out_dir / "autoencoder.pt", "autoencoder"))
-        extra = {"autoencoder_config": asdict(config), "flops": load_checkpoint(args.out_dir / "autoencoder.pt")["flops"]}
-
+        model, checkpoint = open_stage("autoencoder", config, args, data, Autoencoder, config)
+        if not checkpoint or checkpoint["step"] < args.ae_max_steps:
+            train_stage("autoencoder", model, args, data, world, flops_per_token(config)["train"], {}, checkpoint)
     if args.model == "calm":
+        checkpoint = load_checkpoint(args.out_dir / "autoencoder.pt", "autoencoder")
+        autoencoder = load_autoencoder(checkpoint)
+        extra = {"autoencoder_config": checkpoint["config"], "flops": checkpoint["flops"]}
         config = config_of(CALMConfig, args, vocab_size=vocab_size)
         cost = flops_per_token(config, autoencoder.config)["train"]
-        build = lambda: CALM(config, autoencoder)
-    elif args.model == "ar":
+        model, checkpoint = open_stage("calm", config, args, data, CALM, config, autoencoder)
+    if args.model == "ar":
         config = config_of(ARConfig, args, vocab_size=vocab_size, block_size=args.block_size * args.chunk_size)
         cost = flops_per_token(config)["train"]
-        build = lambda: AR(config)
         if args.match_flops:
             total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
-            tokens_per_step = world.size * args.grad_accum * args.batch_size * config.block_size
+            tokens_per_step = world.size * math.ceil(args.grad_accum / world.size) * args.batch_size * config.block_size
             args.max_steps = round(total / cost / tokens_per_step)
             world.say(f"{args.max_steps:,} steps match the {total:.2e} training FLOPs of {args.match_flops}, its autoencoder's included")
+        model, checkpoint = open_stage("ar", config, args, data, AR, config)
     if args.model != "autoencoder":
-        model, checkpoint = open_stage(args.model, config, args, data, build)
-        if not train_stage(args.model, model, args, data, world, cost, extra, checkpoint):
-            return
+        train_stage(args.model, model, args, data, world, cost, extra, checkpoint)
         if world.main:
             finish(model.eval(), args, data, world)
     if world.size > 1:

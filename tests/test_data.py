@@ -44,14 +44,14 @@ def vocabulary(tmp_path):
     return path
 
 
-def test_the_standard_library_is_the_default_and_holds_no_indent_of_blanks(data_dir):
+def test_the_standard_library_is_the_default_with_tabs_for_blanks(data_dir):
     folder = prepare(out_root=data_dir)
     data = load_data("stdlib")
     assert folder == data_dir / "stdlib" and data.meta["vocab_size"] == 257
     assert data.meta["train_tokens"] > 5_000_000 and 0.02 < data.meta["val_tokens"] / data.meta["train_tokens"] < 0.3
     text = data.tokenizer.decode_bytes(data.train[:200_000].tolist()).decode()
     assert "\n\tdef " in text or "\n\treturn" in text
-    assert "\n    " not in text
+    assert "    " not in text
 
 
 def test_same_input_same_bytes_out(data_dir, tmp_path):

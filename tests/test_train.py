@@ -1,0 +1,290 @@
+"""The whole road on a tiny text: learn it, break it off, spread it over processes, and get wrong input."""
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import autoencoder as autoencoder_script
+import data.prepare
+import eval_brier
+import sample
+import train
+from autoencoder import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = """--device cpu --dtype float32 --compile off --chunk_size 4 --latent_dim 32 --n_embd 64 --n_ff 128 --n_layer 2 --n_head 4
+          --n_head_layer 1 --block_size 16 --num_targets 20 --ae_n_embd 128 --ae_n_ff 256 --batch_size 8 --ae_batch_size 16
+          --log_interval 5""".split()
+SHORT = [*TINY, "--ae_max_steps", "15", "--max_steps", "15", "--eval_interval", "10"]
+
+
+def losses(out_dir, stage):
+    entries = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+    return {e["step"]: e["loss"] for e in entries if e["stage"] == stage and "loss" in e}
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def assert_same_weights(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda m: f"{name}: {m}", **tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning
+
+def test_the_whole_road_learns_a_repeating_text(foxes, tmp_path, run):
+    """Autoencoder, CALM, BrierLM, text: near-certainty about a sentence that repeats, from both models."""
+    out = tmp_path / "out"
+    common = ["--data", foxes, "--out_dir", out, *TINY, "--eval_interval", "1000", "--max_steps", "400"]
+    result = run(train, *common, "--ae_max_steps", "300")
+    assert result.code == 0 and "python sample.py" in result.out
+    result = run(autoencoder_script, "--out_dir", out, "--json", "--device", "cpu")
+    report = json.loads(result.out.splitlines()[-1])
+    assert set(report) == {"accuracy", "sigma", "active_dims", "latent_dim"} and report["latent_dim"] == 32
+    assert report["accuracy"]["posterior"] > 0.999 and report["accuracy"]["sigma_0.3"] > 0.999
+    assert run(train, *common, "--model", "ar").code == 0
+    for model in ("calm", "ar"):
+        result = run(eval_brier, "--out_dir", out, "--model", model, "--json", "--device", "cpu", "--windows", 16)
+        score = json.loads(result.out.splitlines()[-1])
+        assert set(score) == {"brier", "brierlm", "stderr", "positions", "samples", "step"}
+        assert score["brierlm"] > 90 and 0 <= score["stderr"] < 5 and score["step"] == 400
+        result = run(sample, "--out_dir", out, "--model", model, "--device", "cpu", "--start", "the quick brown fox",
+                     "--temperature", 0.5, "--max_new_tokens", 40)
+        assert "the quick brown fox jumps over the lazy dog. the quick" in result.out
+        assert "tokens/s" in result.err
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_chunks_shorter_than_four_train_and_evaluate(K, foxes, tmp_path, run):
+    out = tmp_path / "out"
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--chunk_size", K).code == 0
+    result = run(eval_brier, "--out_dir", out, "--json", "--windows", 4, "--device", "cpu")
+    assert result.code == 0 and len(json.loads(result.out.splitlines()[-1])["brier"]) == 4
+
+
+def test_muon_auxiliary_loss_accumulation_and_bfloat16_train(foxes, tmp_path, run):
+    out = tmp_path / "out"
+    result = run(train, "--data", foxes, "--out_dir", out, *SHORT, "--optimizer", "muon", "--aux_weight", "0.5",
+                 "--grad_accum", "2", "--dtype", "bfloat16")
+    assert result.code == 0
+    curve = losses(out, "calm")
+    assert curve[15] < curve[1]
+
+
+def test_the_baseline_gets_the_training_flops_of_the_run_it_is_matched_to(foxes, tmp_path, run):
+    out = tmp_path / "out"
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT).code == 0
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "ar", "--match_flops", out).code == 0
+    calm, ar = load_checkpoint(out / "calm.pt"), load_checkpoint(out / "ar.pt")
+    assert load_checkpoint(out / "autoencoder.pt")["flops"] > 0
+    assert ar["flops"] == pytest.approx(calm["flops"], rel=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interrupted, resumed, spread out
+
+@pytest.mark.parametrize("stage, model", [("autoencoder", "calm"), ("calm", "calm"), ("ar", "ar")])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, number, foxes, tmp_path, run, monkeypatch):
+    flags = ["--data", foxes, *SHORT, "--model", model, "--optimizer", "muon"]
+    assert run(train, *flags, "--out_dir", tmp_path / "whole").code == 0
+    plain = train.make_optimizers
+
+    def interrupted(m, args, now):
+        """The optimizers, the first of which sends the signal in its seventh step of the stage in question."""
+        optimizers = plain(m, args, now)
+        step, calls = optimizers[0].step, []
+
+        def counted(*a, **k):
+            calls.append(1)
+            if now == stage and len(calls) == 7:
+                os.kill(os.getpid(), number)
+            return step(*a, **k)
+        optimizers[0].step = counted
+        return optimizers
+
+    monkeypatch.setattr(train, "make_optimizers", interrupted)
+    result = run(train, *flags, "--out_dir", tmp_path / "broken")
+    assert result.code == 130 and "interrupted at step 7" in result.out and "--resume" in result.out
+    assert load_checkpoint(tmp_path / "broken" / f"{stage}.pt")["step"] == 7
+    monkeypatch.setattr(train, "make_optimizers", plain)
+    assert run(train, "--resume", "--model", model, "--data", foxes, "--out_dir", tmp_path / "broken", "--device", "cpu").code == 0
+    assert_same_weights(weights(tmp_path / "whole" / f"{model}.pt"), weights(tmp_path / "broken" / f"{model}.pt"), rtol=0, atol=0)
+    whole, broken = (losses(tmp_path / name, stage) for name in ("whole", "broken"))
+    assert {k: broken[k] for k in whole} == whole
+
+
+@pytest.mark.parametrize("model", ["calm", "ar"])
+def test_two_gloo_processes_equal_one_with_twice_the_batch(model, foxes, data_dir, tmp_path, run):
+    """calm: two micro-batches a step, on one process or one on each of two; ar has no noise: literally twice the batch.
+
+    From a checkpoint on: AdamW makes a full step of any gradient, also of the head's first ones, which are rounding noise."""
+    assert run(train, "--data", foxes, *SHORT, "--optimizer", "adamw", "--model", model, "--out_dir", tmp_path / "one").code == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    flags = ["--resume", "--data", data_dir / foxes, "--model", model, "--max_steps", 21]
+    doubled = ["--grad_accum", 2] if model == "calm" else ["--batch_size", 16]
+    assert run(train, *flags, *doubled, "--out_dir", tmp_path / "one").code == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py",
+               *flags, "--out_dir", tmp_path / "two"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(weights(tmp_path / "one" / f"{model}.pt"), weights(tmp_path / "two" / f"{model}.pt"), rtol=1e-3, atol=1e-5)
+    one, two = losses(tmp_path / "one", model), losses(tmp_path / "two", model)
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(foxes, tmp_path, run, monkeypatch):
+    out = tmp_path / "out"
+    flags = ["--data", foxes, "--out_dir", out, *SHORT, "--model", "ar"]
+    assert run(train, *flags).code == 0
+    before = (out / "ar.pt").read_bytes()
+
+    def full(checkpoint, file):
+        file.write(b"half a checkpoint")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    result = run(train, *flags, "--resume", "--max_steps", "20")
+    assert result.code == 2 and "No space left" in result.err and "previous checkpoint is intact" in result.err
+    assert (out / "ar.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_step(foxes, tmp_path, run, monkeypatch):
+    out, plain, calls = tmp_path / "out", train.AR.loss, []
+
+    def loss(model, tokens):
+        calls.append(1)
+        value, metrics = plain(model, tokens)
+        return (value * math.nan, {"loss": value.detach() * math.nan}) if len(calls) > 12 else (value, metrics)
+    monkeypatch.setattr(train.AR, "loss", loss)
+    result = run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "ar", "--log_interval", "1")
+    assert result.code == 2 and "nan at step 12" in result.err   # 10 training steps, a validation, 2 more steps
+    checkpoint = load_checkpoint(out / "ar.pt")
+    assert checkpoint["step"] == 10 and all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2, nothing lost
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run of both models, in place of data/ and out/."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "foxes.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 800)
+    for K in (4, 8):   # the same text under two names: two data sets of one vocabulary
+        data.prepare.prepare([text], f"foxes{K}", out_root=folder)
+    tokens = b"".join(b"%s %d\n" % (__import__("base64").b64encode(bytes([i])), i) for i in range(256))
+    (folder / "other.model").write_bytes(tokens)
+    data.prepare.prepare([text], "other", tokenizer=str(folder / "other.model"), out_root=folder)
+    short = folder / "short.txt"
+    short.write_text("too short")
+    data.prepare.prepare([short], "short", out_root=folder)
+    for model in ("calm", "ar"):
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *SHORT, "--data", str(folder / "foxes4"), "--model", model,
+                        "--out_dir", str(folder / "out")], check=True, capture_output=True, cwd=ROOT)
+    (folder / "cut").mkdir()
+    (folder / "cut" / "calm.pt").write_bytes((folder / "out" / "calm.pt").read_bytes()[:-5000])
+    (folder / "swapped").mkdir()
+    (folder / "swapped" / "calm.pt").write_bytes((folder / "out" / "ar.pt").read_bytes())
+    (folder / "only_ae").mkdir()
+    (folder / "only_ae" / "autoencoder.pt").write_bytes((folder / "out" / "autoencoder.pt").read_bytes())
+    unfinished = load_checkpoint(folder / "out" / "autoencoder.pt")
+    (folder / "unfinished").mkdir()
+    torch.save({**unfinished, "done": False, "step": 5}, folder / "unfinished" / "autoencoder.pt")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    return folder
+
+
+BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line must say
+    "no data": (train, ["--data", "nothing"], "new", "no data set 'nothing'"),
+    "short text": (train, ["--data", "short", *TINY], "new", "fewer than one context"),
+    "chunk size 0": (train, ["--chunk_size", "0"], "new", "chunk_size must be at least 1"),
+    "heads": (train, ["--n_embd", "100", "--n_head", "3"], "new", "divisible by n_head 3"),
+    "odd heads": (train, ["--n_embd", "12", "--n_head", "4"], "new", "heads of an even width"),
+    "one sample": (train, ["--num_samples", "1"], "new", "num_samples must be at least 2"),
+    "alpha 2": (train, ["--alpha", "2"], "new", "alpha must be in (0, 2)"),
+    "not a number": (train, ["--lr", "fast"], "new", "--lr"),
+    "unknown flag": (train, ["--learning_rate", "1"], "new", "--learning_rate"),
+    "unknown preset": (train, ["--preset", "XXL"], "new", "--preset"),
+    "unknown device": (train, ["--device", "abacus"], "new", "no device 'abacus'"),
+    "nothing to resume": (train, ["--resume", "--data", "foxes4"], "new", "nothing to resume"),
+    "nothing to resume, ar": (train, ["--resume", "--model", "ar", "--data", "foxes4"], "only_ae", "nothing to resume"),
+    "resume, other size": (train, ["--resume", "--data", "foxes4", "--n_embd", "128"], "out", "n_embd 64, this run asks for 128"),
+    "other K": (train, ["--data", "foxes4", *SHORT, "--chunk_size", "8"], "only_ae", "chunk_size 4, this run asks for 8"),
+    "other data": (train, ["--data", "short", *SHORT, "--block_size", "1"], "only_ae", "trained on other data"),
+    "other vocabulary": (train, ["--data", "other", *SHORT], "only_ae", "trained on other data"),
+    "already trained": (train, ["--data", "foxes4", *SHORT], "out", "already trained"),
+    "unfinished": (train, ["--data", "foxes4", *SHORT], "unfinished", "unfinished (step 5)"),
+    "match_flops of calm": (train, ["--match_flops", "out"], "new", "add --model ar"),
+    "match_flops of nothing": (train, ["--model", "ar", "--data", "foxes4", "--match_flops", "nowhere"], "new", "no checkpoint at"),
+    "no checkpoint": (sample, [], "new", "no checkpoint at"),
+    "truncated checkpoint": (sample, [], "cut", "not a whole checkpoint"),
+    "wrong kind": (sample, ["--model", "calm"], "swapped", "holds a model of kind 'ar'"),
+    "temperature 0": (sample, ["--temperature", "0"], "out", "--temperature must be in (0, 1]"),
+    "temperature 2": (sample, ["--temperature", "2"], "out", "--temperature must be in (0, 1]"),
+    "few candidates": (sample, ["--temperature", "0.1", "--num_candidates", "5"], "out", "--num_candidates 5 is below 1/T"),
+    "no samples": (sample, ["--num_samples", "0"], "out", "--num_samples"),
+    "long prompt": (sample, ["--start", "x" * 100], "out", "the prompt has 100 tokens, but the context is 64"),
+    "no prompt file": (sample, ["--start", "FILE:nowhere"], "out", "no file nowhere"),
+    "brier of nothing": (eval_brier, [], "new", "no checkpoint at"),
+    "one brier sample": (eval_brier, ["--num_samples", "1"], "out", "--num_samples must be at least 2"),
+    "brier, other vocabulary": (eval_brier, ["--data", "other"], "out", "was trained with the tokenizer bytes"),
+    "brier, odd stride": (eval_brier, ["--stride", "6"], "out", "multiples of the chunk size 4"),
+    "brier, long context": (eval_brier, ["--context", "128"], "out", "longer than the model's own"),
+    "brier, short text": (eval_brier, ["--data", "short"], "out", "fewer than one context"),
+    "autoencoder of nothing": (autoencoder_script, [], "new", "no checkpoint at"),
+    "autoencoder, other vocabulary": (autoencoder_script, ["--data", "other"], "out", "was trained with the tokenizer bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, trained, run, monkeypatch):
+    script, flags, folder, message = BAD[case]
+    monkeypatch.setattr(data.prepare, "DATA_DIR", trained)
+    monkeypatch.setattr(train, "DATA_DIR", trained)
+    monkeypatch.chdir(trained)
+    before = {p: p.read_bytes() for p in trained.rglob("*.pt")}
+    result = run(script, *flags, "--out_dir", folder)
+    errors = [line for line in result.err.splitlines() if line.startswith("error")]
+    assert result.code == 2 and len(errors) == 1 and message in errors[0], (result.code, result.err)
+    assert {p: p.read_bytes() for p in trained.rglob("*.pt")} == before
+    assert "Traceback" not in result.err
+
+
+def test_an_empty_prompt_and_a_prompt_from_a_file_or_stdin_are_continued(trained, run, monkeypatch):
+    import io
+    from types import SimpleNamespace
+    out = ["--out_dir", trained / "out", "--device", "cpu", "--max_new_tokens", 9]
+    assert run(sample, *out).code == 0
+    (trained / "start.txt").write_text("the quick")
+    assert run(sample, *out, "--start", f"FILE:{trained / 'start.txt'}").out.startswith("the quick")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"\xff any bytes")))
+    assert run(sample, *out, "--start", "-").out.startswith("\ufffd any bytes")
+
+
+def test_same_seed_same_text_another_seed_another(trained, run):
+    flags = ["--out_dir", trained / "out", "--model", "ar", "--device", "cpu", "--num_samples", 2, "--max_new_tokens", 30]
+    first, again, other = (run(sample, *flags, "--seed", seed).out for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_checkpoint_that_carries_code_is_refused(trained, tmp_path, run):
+    class Trap:
+        def __reduce__(self):
+            return (print, ("code ran",))
+    torch.save({"kind": "calm", "trap": Trap()}, tmp_path / "calm.pt")
+    result = run(sample, "--out_dir", tmp_path)
+    assert result.code == 2 and "code ran" not in result.out + result.err
