@@ -381,8 +381,10 @@ class AR(nn.Module):
 def pad_front(prompt, chunk_size, eot):
     """Prompt (B, P) -> (B, P') with P' a positive multiple of K: end-of-text in front, as before any document, so that
     the chunk border falls at the prompt's end. (The authors pad behind it, inside the text.)"""
-    padding = max(-prompt.shape[1] % chunk_size, 0 if prompt.shape[1] else chunk_size)
-    return F.pad(prompt, (padding, 0), value=eot)
+    padding = -prompt.shape[1] % chunk_size if prompt.shape[1] else chunk_size
+    if padding and eot is None:
+        raise ValueError("a prompt that does not fill its last chunk needs eot, the id to pad with")
+    return F.pad(prompt, (padding, 0), value=eot) if padding else prompt
 
 
 @torch.inference_mode()
@@ -396,8 +398,6 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, num_candidates=200, e
         raise ValueError(f"temperature {temperature} is not in (0, 1]")
     if temperature < 1 and num_candidates < 1 / temperature:
         raise ValueError(f"temperature {temperature} needs at least {math.ceil(1 / temperature)} candidates")
-    if eot is None and prompt.shape[1] % model.chunk_size + (prompt.shape[1] == 0):
-        raise ValueError("a prompt that does not fill its last chunk needs eot, the id to pad with")
     K, context = model.chunk_size, model.config.block_size
     text = pad_front(prompt, K, eot)
     cache = KVCache(context)

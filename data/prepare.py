@@ -13,6 +13,7 @@ moves no other.
 import argparse
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -184,11 +185,11 @@ def tabs_for_blanks(text):
     return text.replace(b"    ", b"\t")
 
 
-def documents(path, name):
+def documents(path, known):
     """The documents of one file, by its kind."""
     kind = ".txt" if isinstance(path, tuple) or str(path) == "-" else Path(str(path).removesuffix(".gz")).suffix
     with open_text(path) as stream:
-        if name == "wikitext103-test" and kind == ".txt":
+        if known == "wikitext103-test" and kind == ".txt":
             yield from articles(stream)
         elif kind == ".jsonl":
             yield from json_texts(path, stream)
@@ -197,9 +198,10 @@ def documents(path, name):
 
 
 def standard_library():
-    """The .py files of the running interpreter's standard library, without tests, IDLE and installed packages."""
+    """The .py files of the running interpreter's standard library, without tests, IDLE, installed packages, and the
+    `encodings`: 122 generated tables of code points, so predictable that they would be a fifth of the BrierLM."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
+    skip = {"test", "tests", "idlelib", "encodings", "site-packages", "dist-packages", "__pycache__"}
     return sorted(p for p in root.rglob("*.py") if not skip.intersection(p.relative_to(root).parts))
 
 
@@ -256,81 +258,87 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     """Tokenize `sources` into out_root/<name> (default: data/<name>) and return that folder. Same input, same bytes out.
 
     It is made under another name and renamed when whole: until then an earlier data set of that name stays."""
-    single = sources[0] if len(sources) == 1 else None
-    if single == "stdlib":
-        paths, transform = standard_library(), tabs_for_blanks
-    else:
-        paths, transform = [downloaded(single)] if single in DOWNLOADS else local_files(sources), bytes
+    known = sources[0] if len(sources) == 1 and sources[0] in ("stdlib", *DOWNLOADS) else None
     if val_fraction is None:
-        val_fraction = DOWNLOADS[single][2] if single in DOWNLOADS else 0.1
+        val_fraction = DOWNLOADS[known][2] if known in DOWNLOADS else 0.1
     if not 0 <= val_fraction <= 1:
         fail(f"--val_fraction is a share of the documents, between 0 and 1, not {val_fraction}")
     enc = get_tokenizer(tokenizer)
-    eot, size = eot_token(enc), enc.n_vocab
-    dtype = np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.uint32
-    name = name or default_name(sources[0], tokenizer)
-    folder = Path(out_root or DATA_DIR) / name
-    partial = folder.with_name(f".{name}.partial")
+    paths = standard_library() if known == "stdlib" else [downloaded(known)] if known else local_files(sources)
+    folder = Path(out_root or DATA_DIR) / (name or default_name(sources[0], tokenizer))
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)   # of an earlier run that was killed
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+        meta = {"name": folder.name, "sources": [str(s) for s in sources], "tokenizer": str(tokenizer),
+                "tokenizer_fingerprint": fingerprint_tokenizer(enc), "vocab_size": enc.n_vocab, "eot": eot_token(enc),
+                "val_fraction": val_fraction, **write_splits(partial, read_all(paths, known), enc, val_fraction)}
+        if Path(tokenizer).is_file():   # keep the vocabulary beside the tokens: the original may move
+            shutil.copyfile(tokenizer, partial / "tokenizer.tiktoken")
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:   # a full disk, a file that may not be read
+        fail(f"could not prepare {folder.name} ({error}): nothing was changed")
+    except KeyboardInterrupt:
+        fail(f"interrupted: {folder.name} was not prepared, nothing was changed")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{folder}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation "
+          f"tokens of a vocabulary of {meta['vocab_size']:,}")
+    return folder
 
-    files = {split: open(partial / f"{split}.bin", "wb") for split in ("train", "val")}
-    hashes = {split: hashlib.sha256() for split in files}
-    counts = dict.fromkeys(["train", "val", "documents"], 0)
 
-    def flush(texts):
-        tokens = map(list, texts) if tokenizer == "bytes" else enc.encode_ordinary_batch(
-            [as_utf8(t, name) for t in texts], num_threads=os.cpu_count())
-        for text, ids in zip(texts, tokens):
-            digest = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
-            split = "val" if digest < val_fraction * 2**64 else "train"
-            data = np.array(ids + [eot], dtype=dtype).tobytes()
-            files[split].write(data)
-            hashes[split].update(data)
-            counts[split] += len(ids) + 1
-            counts["documents"] += 1
-
-    total = sum(p.stat().st_size for p in paths if isinstance(p, Path) and str(p) != "-" and p.suffix != ".gz")
-    with tqdm(total=total or None, unit="B", unit_scale=True, desc=f"prepare {name}") as bar:
-        texts, waiting = [], 0
+def read_all(paths, known):
+    """Every document of every file that is not blank, with a progress bar."""
+    plain = [p for p in paths if isinstance(p, Path) and p.is_file() and p.suffix != ".gz"]
+    with tqdm(total=sum(p.stat().st_size for p in plain) or None, unit="B", unit_scale=True, desc="prepare") as bar:
         for path in paths:
-            for raw in documents(path, name if single in DOWNLOADS else None):
-                text = transform(raw)
-                bar.update(len(raw))
+            for text in documents(path, known):
+                bar.update(len(text))
                 if text.strip():
-                    texts.append(text)
-                    waiting += len(text)
-                if waiting > BATCH:
-                    flush(texts)
-                    texts, waiting = [], 0
-        flush(texts)
-    for file in files.values():
-        file.close()
-    if counts["documents"] == 0:
-        shutil.rmtree(partial)
-        fail(f"no text in {', '.join(map(str, sources))}: an empty file cannot be prepared")
-    if 0 < val_fraction < 1 and 0 in (counts["train"], counts["val"]):
-        full, empty = ("train", "val") if counts["val"] == 0 else ("val", "train")
+                    yield path, tabs_for_blanks(text) if known == "stdlib" else text
+
+
+def tokenized(texts, enc):
+    """(path, document) pairs -> (document, token ids) pairs, BATCH bytes at a time through the tokenizer's threads."""
+    batch, size = [], 0
+    for path, text in itertools.chain(texts, [(None, None)]):
+        if path is not None:
+            batch.append((path, text))
+            size += len(text)
+        if size > BATCH or path is None:   # a full batch, or the end
+            ids = ([list(t) for _, t in batch] if enc.name == "bytes" else
+                   enc.encode_ordinary_batch([as_utf8(t, p) for p, t in batch], num_threads=os.cpu_count()))
+            yield from zip([t for _, t in batch], ids)
+            batch, size = [], 0
+
+
+def write_splits(folder, texts, enc, val_fraction):
+    """Write train.bin and val.bin into `folder` as the tokens come -> their part of meta.json."""
+    dtype = next(d for d in (np.uint8, np.uint16, np.uint32) if enc.n_vocab <= np.iinfo(d).max + 1)
+    eot, documents = eot_token(enc), 0
+    tokens, hashes = {"train": 0, "val": 0}, {"train": hashlib.sha256(), "val": hashlib.sha256()}
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        for text, ids in tokenized(texts, enc):
+            draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64   # in [0, 1), the text's own
+            split, file = ("val", val) if draw < val_fraction else ("train", train)
+            data = np.array(ids + [eot], dtype=dtype).tobytes()
+            file.write(data)
+            hashes[split].update(data)
+            tokens[split] += len(ids) + 1
+            documents += 1
+    if documents == 0:
+        fail("no text there: empty files cannot be prepared")
+    if 0 < val_fraction < 1 and 0 in tokens.values():
+        full, empty = sorted(tokens, key=tokens.get, reverse=True)
         print(f"warning: too few different documents to hold some out, so {empty}.bin repeats {full}.bin: "
               f"validation figures will be training figures", file=sys.stderr)
-        shutil.copyfile(partial / f"{full}.bin", partial / f"{empty}.bin")
-        counts[empty], hashes[empty] = counts[full], hashes[full]
-
-    if Path(tokenizer).is_file():   # keep the vocabulary beside the tokens: the original may move
-        shutil.copyfile(tokenizer, partial / "tokenizer.tiktoken")
-    meta = {
-        "name": name, "sources": [str(s) for s in sources], "tokenizer": str(tokenizer), "vocab_size": size, "eot": eot,
-        "tokenizer_fingerprint": fingerprint_tokenizer(enc), "dtype": np.dtype(dtype).name,
-        "documents": counts["documents"], "train_tokens": counts["train"], "val_tokens": counts["val"],
-        "val_fraction": val_fraction, "fingerprint": hashlib.sha256(
-            (hashes["train"].hexdigest() + hashes["val"].hexdigest()).encode()).hexdigest()[:16],
-    }
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    print(f"{folder}: {counts['documents']:,} documents, {counts['train']:,} training and {counts['val']:,} validation "
-          f"tokens of a vocabulary of {size:,}")
-    return folder
+        shutil.copyfile(folder / f"{full}.bin", folder / f"{empty}.bin")
+        tokens[empty], hashes[empty] = tokens[full], hashes[full]
+    fingerprint = hashlib.sha256((hashes["train"].hexdigest() + hashes["val"].hexdigest()).encode()).hexdigest()[:16]
+    return {"dtype": np.dtype(dtype).name, "documents": documents, "train_tokens": tokens["train"], "val_tokens": tokens["val"],
+            "fingerprint": fingerprint}
 
 
 def default_name(source, tokenizer):

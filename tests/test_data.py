@@ -230,7 +230,7 @@ def test_a_killed_prepare_leaves_what_was_there_before(earlier, data_dir, tmp_pa
         yield b"other text"
         raise KeyboardInterrupt
     monkeypatch.setattr(prepare_script, "documents", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         prepare([text], "t", out_root=data_dir)
     if earlier:
         assert everything(data_dir / "t") == before
@@ -245,11 +245,11 @@ def test_a_killed_prepare_leaves_what_was_there_before(earlier, data_dir, tmp_pa
 def bad_inputs():
     return {
         "no data": (["nowhere.txt"], "no data at nowhere.txt"),
-        "empty file": (["empty.txt"], "no text in empty.txt"),
-        "blank file": (["blank.md"], "no text in blank.md"),
+        "empty file": (["empty.txt"], "no text there"),
+        "blank file": (["blank.md"], "no text there"),
         "empty folder": (["nothing"], "holds no .txt"),
         "unknown kind": (["picture.png"], "expected one of .txt"),
-        "not UTF-8": (["latin.txt", "--tokenizer", "small.model"], "not UTF-8"),
+        "not UTF-8": (["latin.txt", "--tokenizer", "small.model"], "latin.txt is not UTF-8"),
         "unknown tokenizer": (["good.txt", "--tokenizer", "gpt99"], "unknown tokenizer 'gpt99'"),
         "not a vocabulary": (["good.txt", "--tokenizer", "good.txt"], "not a tiktoken-format file"),
         "no text field": (["bad.jsonl"], "bad.jsonl, line 2"),
@@ -269,7 +269,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, data_dir, tmp_path, vocabul
     result = run(prepare_script, *argv)
     errors = [line for line in result.err.splitlines() if "error" in line]
     assert result.code == 2 and len(errors) == 1 and message in errors[0]
-    assert not list(data_dir.glob("*/meta.json"))
+    assert not list(data_dir.iterdir())   # not even a temporary folder
 
 
 def test_a_vocabulary_that_cannot_be_downloaded_is_said(data_dir, tmp_path, run, monkeypatch):
@@ -279,6 +279,16 @@ def test_a_vocabulary_that_cannot_be_downloaded_is_said(data_dir, tmp_path, run,
     (tmp_path / "t.txt").write_text("text")
     result = run(prepare_script, tmp_path / "t.txt", "--tokenizer", "gpt2")
     assert result.code == 2 and "could not download the vocabulary 'gpt2'" in result.err
+
+
+def test_a_full_disk_is_said_and_the_earlier_data_stays(foxes, data_dir, tmp_path, run, monkeypatch):
+    before = everything(data_dir / "foxes")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(prepare_script, "write_splits", full)
+    result = run(prepare_script, tmp_path / "foxes.txt")
+    assert result.code == 2 and "No space left" in result.err and everything(data_dir / "foxes") == before
 
 
 def test_a_truncated_data_file_is_said(foxes, data_dir, capsys):
