@@ -42,7 +42,7 @@ SMALL = dict(chunk_size=4, latent_dim=32, ae_n_embd=256, ae_n_ff=640, optimizer=
              warmup_steps=50, decay_frac=0.4, batch_size=8, grad_accum=1, alpha=0.5, aux_weight=0.5, ae_lr=3e-3,
              ae_warmup_steps=50, ae_decay_frac=0.4, ae_batch_size=8, ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=1900,
+    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=1600,
                  ae_max_steps=600),
     "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=6000,
                  batch_size=32, ae_max_steps=2000, ae_batch_size=16),
@@ -169,9 +169,9 @@ class World:
             raise SystemExit(130)
         self.stopped = True
 
-    def say(self, *text):
+    def say(self, text):
         if self.main:
-            tqdm.write(" ".join(map(str, text)))
+            tqdm.write(text)   # above the bar
 
     def mean(self, value):
         """The mean over the processes of a number on each -> float."""
@@ -241,11 +241,40 @@ def validate(stage, model, data, world, length, brier_windows):
     return metrics
 
 
+class Progress:
+    """The bar on the screen and the lines of log.jsonl, one JSON object a logged step."""
+    def __init__(self, args, world, stage, begin, steps, tokens_per_step, cost):
+        self.world, self.stage, self.begin, self.tokens_per_step, self.cost = world, stage, begin, tokens_per_step, cost
+        self.path = args.out_dir / "log.jsonl"
+        self.earlier = trim_log(self.path, stage, begin) if world.main else 0.0   # seconds spent before this process
+        self.peak = peak_flops(world.device, world.dtype) if world.device.type == "cuda" else None
+        self.bar = tqdm(total=steps, initial=begin, desc=stage, unit="step", disable=not world.main)
+        self.began, self.paused = time.time(), 0.0
+
+    def log(self, step, loss, lr, metrics):
+        """Say where the run is; the time spent evaluating does not count."""
+        seconds = time.time() - self.began - self.paused
+        speed = (step - self.begin) * self.tokens_per_step / seconds
+        entry = {"stage": self.stage, "step": step, "loss": loss, "tokens": step * self.tokens_per_step,
+                 "seconds": round(self.earlier + seconds, 2), "lr": lr, **metrics}
+        shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
+        if self.peak:
+            entry["mfu"] = speed * self.cost / (self.peak * self.world.size)
+            entry["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+            shown["mfu"] = f"{entry['mfu']:.0%}"
+        self.bar.set_postfix(shown)
+        if metrics:
+            self.world.say(f"{self.stage} step {step}: loss {loss:.4g}, " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        if self.world.main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
 def peak_flops(device, dtype, n=8192):
     """FLOPs a second that this card reaches on one large matrix product: what MFU is measured against."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     for repeat in range(20):
-        if repeat == 10:
+        if repeat == 10:   # after a warm-up
             torch.cuda.synchronize()
             began = time.time()
         a @ b
@@ -302,7 +331,7 @@ def train_stage(stage, model, args, data, world, cost, extra, resume_from=None):
     K = args.chunk_size
     length = args.block_size * K + {"autoencoder": 0, "calm": K, "ar": 1}[stage]   # inputs, and the last target
     tokens_per_step = world.size * accum * batch_size * args.block_size * K
-    path, log_path = args.out_dir / f"{stage}.pt", args.out_dir / "log.jsonl"
+    path = args.out_dir / f"{stage}.pt"
     data.check("train", length), data.check("val", length)
 
     model.to(world.device).train()
@@ -319,10 +348,6 @@ def train_stage(stage, model, args, data, world, cost, extra, resume_from=None):
     compute = torch.compile(model) if world.compile else model
     if world.size > 1:
         compute = DistributedDataParallel(compute, device_ids=[world.device.index] if world.device.type == "cuda" else None)
-    world.say(f"{stage}: {sum(p.numel() for p in parameters):,} parameters, {steps:,} steps of {tokens_per_step:,} tokens, "
-              f"{cost * tokens_per_step * steps:.2e} FLOPs, on {world.size} x {world.device.type} in "
-              f"{str(world.dtype).removeprefix('torch.')}{', compiled' if world.compile else ''}")
-    peak = peak_flops(world.device, world.dtype) if world.device.type == "cuda" else None
 
     def save(step):
         if world.main:
@@ -334,9 +359,10 @@ def train_stage(stage, model, args, data, world, cost, extra, resume_from=None):
                 "data": {**data.meta, "name": args.data}, **extra,
                 "flops": extra.get("flops", 0.0) + cost * tokens_per_step * step})
 
-    earlier = trim_log(log_path, stage, begin) if world.main else 0.0         # seconds spent before this process
-    bar = tqdm(total=steps, initial=begin, desc=stage, unit="step", disable=not world.main)
-    began, paused = time.time(), 0.0
+    world.say(f"{stage}: {sum(p.numel() for p in parameters):,} parameters, {steps:,} steps of {tokens_per_step:,} tokens, "
+              f"{cost * tokens_per_step * steps:.2e} FLOPs, on {world.size} x {world.device.type} in "
+              f"{str(world.dtype).removeprefix('torch.')}{', compiled' if world.compile else ''}")
+    progress = Progress(args, world, stage, begin, steps, tokens_per_step, cost)
     for step in range(begin + 1, steps + 1):
         factor = lr_factor(step, setting("warmup_steps"), setting("decay_frac"), steps)
         for group in (g for o in optimizers for g in o.param_groups):
@@ -350,43 +376,33 @@ def train_stage(stage, model, args, data, world, cost, extra, resume_from=None):
                 scaler.scale(objective / accum).backward()
             loss = loss + objective.detach() / accum
         update(optimizers, scaler, parameters, args.grad_clip)
-        bar.update()
+        progress.bar.update()
 
         evaluating = step % args.eval_interval == 0 or step == steps
         logging = evaluating or step % args.log_interval == 0 or step == 1
         stopping = world.stopped if world.size == 1 else logging and world.mean(world.stopped) > 0   # all, or none
         if not (logging or stopping):
             continue
-        loss = world.mean(loss)                                               # the one place where the host waits
+        loss = world.mean(loss)                                               # here, and only here, the host waits
         if not math.isfinite(loss):
-            bar.close()
+            progress.bar.close()
             kept = f"{path} holds the last good step" if path.exists() else "no checkpoint had been written yet"
             fail(f"the loss of {stage} is {loss} at step {step}: stopped; {kept}. Lower --lr or --muon_lr, or try --dtype float32")
-        seconds = time.time() - began - paused
-        speed = (step - begin) * tokens_per_step / seconds
-        entry = {"stage": stage, "step": step, "loss": loss, "tokens": step * tokens_per_step,
-                 "seconds": round(earlier + seconds, 2), "lr": factor * optimizers[0].param_groups[0]["peak_lr"]}
-        if peak:
-            entry["mfu"] = speed * cost / (peak * world.size)
-            entry["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}", **({"mfu": f"{entry['mfu']:.0%}"} if peak else {})})
+        metrics = {}
         if evaluating and world.main:
-            now = time.time()
-            entry.update(validate(stage, model, data, world, length, brier_windows=0 if step == steps else 32))
-            world.say(f"{stage} step {step}: " + ", ".join(f"{k} {entry[k]:.4g}" for k in entry if k not in ("stage", "step", "tokens")))
-            paused += time.time() - now
-        if world.main:
-            with open(log_path, "a") as log:
-                log.write(json.dumps(entry) + "\n")
+            began = time.time()
+            metrics = validate(stage, model, data, world, length, brier_windows=0 if step == steps else 32)
+            progress.paused += time.time() - began
+        progress.log(step, loss, factor * setting("lr"), metrics)
         if stopping or evaluating:
             save(step)
             world.barrier()
         if stopping and step < steps:
-            bar.close()
+            progress.bar.close()
             world.say(f"interrupted at step {step}, saved to {path}. Go on with: python train.py --resume "
                       f"--model {args.model} --data {args.data} --out_dir {args.out_dir}")
             raise SystemExit(130)
-    bar.close()
+    progress.bar.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
