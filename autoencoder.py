@@ -221,7 +221,7 @@ def load_checkpoint(path, kind=None):
     """Read what save_checkpoint wrote -> dict. Data only (`weights_only`): a checkpoint cannot run code."""
     path = Path(path)
     if not path.is_file():
-        fail(f"no checkpoint at {path}: train one with `python train.py --out_dir {path.parent}`")
+        fail(f"no checkpoint at {path}: train one with `python train.py --model {path.stem} --out_dir {path.parent}`")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"]

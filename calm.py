@@ -332,9 +332,10 @@ class CALM(nn.Module):
         return loss, {"loss": loss.detach(), **metrics}
 
     def sample_chunks(self, h, n):
-        """n next chunks given h (..., D) -> tokens (n, ..., K). Decoded in slices: only the argmax is kept."""
+        """n next chunks given h (..., D) -> tokens (n, ..., K). Decoded in slices: of the logits only the argmax is kept."""
         z = self.head.sample(h, n)                                            # (n, ..., L)
-        tokens = [self.autoencoder.decode(part).argmax(-1) for part in z.flatten(0, -2).split(8192)]
+        rows = min(8192, max(1, 2**28 // (self.chunk_size * self.config.vocab_size)))   # at most 2^28 logits at a time
+        tokens = [self.autoencoder.decode(part).argmax(-1) for part in z.flatten(0, -2).split(rows)]
         return torch.cat(tokens).view(*z.shape[:-1], self.chunk_size)
 
     def draw(self, h, temperature=1.0, num_candidates=200):

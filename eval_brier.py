@@ -92,7 +92,7 @@ def brier_of_windows(model, tokens, stride, S):
 
 
 @torch.inference_mode()
-def evaluate(model, data, device, dtype, windows=1500, num_samples=4, stride=None, context=None, seed=0, progress=False):
+def evaluate(model, data, device, dtype, windows=750, num_samples=4, stride=None, context=None, seed=0, progress=False):
     """BrierLM on the validation split -> {"brier", "brierlm", "stderr", "positions", "samples"}.
 
     Windows of `context` tokens (default: the model's) are spread evenly over the split; n-grams start every `stride`
@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--out_dir", default="out/stdlib", help="the run's folder")
     parser.add_argument("--model", default="calm", choices=("calm", "ar"), help="which of its models")
     parser.add_argument("--data", help="data set under data/ (default: the one it was trained on)")
-    parser.add_argument("--windows", type=int, default=1500, help="validation windows, evenly spread (fewer if the text is short)")
+    parser.add_argument("--windows", type=int, default=750, help="validation windows, evenly spread (fewer if the text is short)")
     parser.add_argument("--num_samples", type=int, default=4, help="S: samples a position, at least 2")
     parser.add_argument("--stride", type=int, help="tokens from one n-gram's start to the next (default: K, at least 4)")
     parser.add_argument("--context", type=int, help="tokens a window (default: the model's context)")
