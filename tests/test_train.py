@@ -66,8 +66,8 @@ def test_the_whole_road_learns_a_repeating_text(foxes, tmp_path, run):
         assert "tokens/s" in result.err
 
 
-@pytest.mark.parametrize("K", [2, 3])
-def test_chunks_shorter_than_four_train_and_evaluate(K, foxes, tmp_path, run):
+@pytest.mark.parametrize("K", [1, 2, 3, 8])
+def test_chunks_of_other_sizes_train_and_evaluate(K, foxes, tmp_path, run):
     out = tmp_path / "out"
     assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--chunk_size", K).code == 0
     result = run(eval_brier, "--out_dir", out, "--json", "--windows", 4, "--device", "cpu")
