@@ -344,9 +344,6 @@ class CALM(nn.Module):
             return self.sample_chunks(h, 1)[0]
         return temperature_batch(self.sample_chunks(h, num_candidates), temperature)
 
-    def generate(self, *args, **kwargs):
-        return generate(self, *args, **kwargs)
-
 
 class AR(nn.Module):
     """The token-by-token baseline: the same Transformer between an embedding and a softmax."""
@@ -371,9 +368,6 @@ class AR(nn.Module):
     def draw(self, h, temperature=1.0, num_candidates=None):
         """One next token for each h (B, D) -> tokens (B, 1), by softmax temperature."""
         return torch.multinomial((self.lm_head(h).float() / temperature).softmax(-1), 1)
-
-    def generate(self, *args, **kwargs):
-        return generate(self, *args, **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -426,6 +420,9 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, num_candidates=200,
     """Prompt (B, P) -> tokens (B, P + new): the prompt and up to max_new_tokens more (see `stream`)."""
     new = list(stream(model, prompt, max_new_tokens, temperature, num_candidates, eot))
     return torch.cat([prompt, *new], dim=1)[:, :prompt.shape[1] + max_new_tokens]
+
+
+CALM.generate = AR.generate = generate   # one loop, as a method of both
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -111,8 +111,8 @@ def evaluate(model, data, device, dtype, windows=750, num_samples=4, stride=None
         fail(f"--context {context} is too short for an n-gram after {stride} tokens")
     offsets = data.even_offsets("val", windows, context)
     scores = []
-    with torch.random.fork_rng(), autocast(device, dtype):
-        torch.manual_seed(seed)
+    torch.manual_seed(seed)
+    with autocast(device, dtype):
         for i in tqdm(range(0, len(offsets), 32), desc="BrierLM", disable=not progress, leave=False):
             tokens = data.batch("val", offsets[i:i + 32], context).to(device)
             scores.append(brier_of_windows(model, tokens, stride, num_samples).float().cpu())
@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on a line")
     args = parser.parse_args()
-    for name, least in (("windows", 1), ("num_samples", 2), ("stride", 4), ("context", 8)):
+    for name, least in (("windows", 1), ("num_samples", 2), ("stride", 4), ("context", 8), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name} must be at least {least}, not {getattr(args, name)}")
     device = select_device(args.device)

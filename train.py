@@ -106,6 +106,8 @@ def parse_args(argv):
                  "eval_interval"):
         if getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.seed < 1 << 20:
+        fail(f"--seed must be in 0 .. {(1 << 20) - 1}, not {args.seed}")
     if args.match_flops and args.model != "ar":
         fail("--match_flops sets the length of an AR run: add --model ar")
     for config in (AutoencoderConfig, CALMConfig, ARConfig):   # wrong sizes are found now, not after the autoencoder
@@ -226,8 +228,8 @@ def validate(stage, model, data, world, length, brier_windows):
     """Metrics on fixed validation windows with fixed noise: the loss, and accuracy (stage 1) or BrierLM."""
     model.eval()
     tokens = data.batch("val", data.even_offsets("val", 16, length), length).to(world.device)
-    with torch.random.fork_rng(), autocast(world.device, world.dtype):
-        torch.manual_seed(0)
+    torch.manual_seed(0)   # every training batch seeds anew
+    with autocast(world.device, world.dtype):
         if stage == "autoencoder":
             chunks = tokens.unflatten(1, (-1, model.config.chunk_size))
             metrics = {"val_loss": model.loss(chunks)[0].item(), "posterior": accuracy(model, chunks, "posterior")[0],

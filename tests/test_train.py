@@ -216,6 +216,7 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "odd heads": (train, ["--n_embd", "12", "--n_head", "4"], "new", "heads of an even width"),
     "one sample": (train, ["--num_samples", "1"], "new", "num_samples must be at least 2"),
     "alpha 2": (train, ["--alpha", "2"], "new", "alpha must be in (0, 2)"),
+    "negative seed": (train, ["--seed", "-1"], "new", "--seed must be in 0"),
     "not a number": (train, ["--lr", "fast"], "new", "--lr"),
     "unknown flag": (train, ["--learning_rate", "1"], "new", "--learning_rate"),
     "unknown preset": (train, ["--preset", "XXL"], "new", "--preset"),
