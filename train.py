@@ -427,7 +427,7 @@ def open_stage(stage, config, args, data, build, *parts):
     if not path.exists():
         return model, None
     checkpoint = load_checkpoint(path, stage)
-    elsewhere = "use another --out_dir"
+    elsewhere, longer = "use another --out_dir", "--ae_max_steps" if stage == "autoencoder" else "--max_steps"
     if checkpoint["data"]["fingerprint"] != data.meta["fingerprint"]:
         fail(f"{path} was trained on other data than {data.folder} holds now: {elsewhere}")
     for name, value in asdict(config).items():
@@ -436,7 +436,7 @@ def open_stage(stage, config, args, data, build, *parts):
     if not checkpoint["done"] and not args.resume:
         fail(f"{path} is unfinished (step {checkpoint['step']:,}): add --resume to go on, or {elsewhere}")
     if checkpoint["done"] and not args.resume and stage == args.model:
-        fail(f"{path} is already trained ({checkpoint['step']:,} steps): add --resume with a larger --max_steps, or {elsewhere}")
+        fail(f"{path} is already trained ({checkpoint['step']:,} steps): add --resume with a larger {longer}, or {elsewhere}")
     model.load_state_dict(checkpoint["model"])
     return model, checkpoint
 
@@ -476,7 +476,7 @@ def main():
     if args.model != "ar":
         config = config_of(AutoencoderConfig, args, vocab_size=vocab_size)
         model, checkpoint = open_stage("autoencoder", config, args, data, Autoencoder, config)
-        if not checkpoint or checkpoint["step"] < args.ae_max_steps:
+        if not checkpoint or not checkpoint["done"] or args.model == "autoencoder":   # a finished one stays as it is
             train_stage("autoencoder", model, args, data, world, flops_per_token(config)["train"], {}, checkpoint)
     if args.model == "calm":
         checkpoint = load_checkpoint(args.out_dir / "autoencoder.pt", "autoencoder")

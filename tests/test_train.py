@@ -126,6 +126,17 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, n
     assert {k: broken[k] for k in whole} == whole
 
 
+def test_a_finished_autoencoder_is_used_as_it_is(foxes, tmp_path, run):
+    """Also with another length asked for: a CALM may have been trained on it. Only --model autoencoder goes on with it."""
+    flags, path = ["--data", foxes, "--out_dir", tmp_path / "out", *SHORT], tmp_path / "out" / "autoencoder.pt"
+    assert run(train, *flags, "--model", "autoencoder").code == 0
+    before = path.read_bytes()
+    assert run(train, *flags, "--ae_max_steps", "30").code == 0
+    assert path.read_bytes() == before
+    assert run(train, *flags, "--model", "autoencoder", "--resume", "--ae_max_steps", "30").code == 0
+    assert load_checkpoint(path)["step"] == 30
+
+
 @pytest.mark.parametrize("model", ["calm", "ar"])
 def test_two_gloo_processes_equal_one_with_twice_the_batch(model, foxes, data_dir, tmp_path, run):
     """calm: two micro-batches a step, on one process or one on each of two; ar has no noise: literally twice the batch.
