@@ -295,7 +295,7 @@ class CALM(nn.Module):
         for module in self.children():
             if module is not self.autoencoder:
                 module.apply(init_weights)
-        nn.init.zeros_(self.head.out2.weight)   # the first samples are all zero: no noise in the first gradients into h
+        nn.init.zeros_(self.head.out2.weight)   # the first samples are all zero, and so are their gradients into h
 
     def train(self, mode=True):
         super().train(mode)

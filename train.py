@@ -193,8 +193,8 @@ class World:
 def make_optimizers(model, args, stage):
     """AdamW with weight decay on matrices only; with --optimizer muon, Muon for the matrices between embedding and output.
 
-    Muon steps along the nearest orthogonal matrix to the momentum: at small scale it learns several times faster, the
-    energy head above all. The autoencoder has AdamW always."""
+    Muon steps along the nearest orthogonal matrix to the momentum (measured in the README). The autoencoder has AdamW
+    always."""
     muon, decayed, plain = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -385,7 +385,7 @@ def train_stage(stage, model, args, data, world, cost, extra, resume_from=None):
         stopping = world.stopped if world.size == 1 else logging and world.mean(world.stopped) > 0   # all, or none
         if not (logging or stopping):
             continue
-        loss = world.mean(loss)                                               # here, and only here, the host waits
+        loss = world.mean(loss)                                               # the host waits for the device here
         if not math.isfinite(loss):
             progress.bar.close()
             kept = f"{path} holds the last good step" if path.exists() else "no checkpoint had been written yet"
