@@ -139,28 +139,27 @@ class Autoencoder(nn.Module):
         """Vectors z (..., L) -> logits (..., K, V)."""
         return self.decoder(z, self.encoder.embed.weight)
 
-    def loss(self, chunks):
-        """The training objective (section 2.2) for token ids (..., K) -> scalar, metrics.
+    def loss(self, tokens):
+        """The training objective (section 2.2) for token ids (..., T*K) -> scalar, metrics.
 
         K * cross-entropy + beta * KL: both terms are sums over one chunk, averaged over chunks, in nats.
         """
         c = self.config
-        mean, log_std = self.encode(chunks)
-        mean, log_std = mean.float(), log_std.float()
+        chunks = tokens.unflatten(-1, (-1, c.chunk_size))                     # (..., T, K)
+        mean, log_std = (v.float() for v in self.encode(chunks))
         z = mean + log_std.exp() * torch.randn_like(mean)                     # z ~ q(z | chunk)
         z = F.dropout(z, c.dropout, self.training)
         logits = self.decode(z).float()
         reconstruction = c.chunk_size * F.cross_entropy(logits.flatten(0, -2), chunks.flatten())
-        kl = kl_clipped(mean, log_std, c.kl_clip).mean()
+        kl = kl_to_normal(mean, log_std).clamp_min(c.kl_clip).sum(-1).mean()
         loss = reconstruction + c.kl_weight * kl
         accuracy = (logits.argmax(-1) == chunks).float().mean()
         return loss, {"loss": loss.detach(), "kl": kl.detach(), "accuracy": accuracy}
 
 
-def kl_clipped(mean, log_std, clip):
-    """sum_i max(clip, KL_i), KL_i of N(mean_i, std_i^2) against N(0, 1) in nats (section 2.2): (..., L) -> (...)."""
-    kl = (mean ** 2 + (2 * log_std).exp() - 1 - 2 * log_std) / 2
-    return kl.clamp_min(clip).sum(-1)
+def kl_to_normal(mean, log_std):
+    """KL_i of N(mean_i, std_i^2) against N(0, 1) in nats (section 2.2): (..., L) -> (..., L)."""
+    return (mean ** 2 + (2 * log_std).exp() - 1 - 2 * log_std) / 2
 
 
 def init_weights(module):
@@ -298,7 +297,7 @@ def report_path(model, chunks, tokenizer, steps=11):
 def main():
     parser = Parser(description="How faithful, how robust is the latent space of an autoencoder?")
     parser.add_argument("--out_dir", default="out/stdlib", help="the run's folder, with autoencoder.pt")
-    parser.add_argument("--data", help="data set under data/ (default: the one it was trained on)")
+    parser.add_argument("--data", help="data set under data/; None: the one it was trained on")
     parser.add_argument("--windows", type=int, default=256, help="validation windows of 512 tokens to measure on")
     parser.add_argument("--neighbours", type=int, default=5, help="chunks to show the nearest neighbours of")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -326,7 +325,7 @@ def main():
         print(f"{name:18} {100 * results[name]:11.3f}% {100 * whole:12.3f}%")
     with torch.no_grad():
         mean, log_std = model.encode(chunks)
-    kl = (mean ** 2 + (2 * log_std).exp() - 1 - 2 * log_std).mean(0) / 2     # of each dimension, (L,)
+    kl = kl_to_normal(mean, log_std).flatten(0, -2).mean(0)                   # of each dimension, (L,)
     active, sigma = int((kl > 0.1).sum()), log_std.exp().mean().item()
     print(f"\nmean sigma of the posterior {sigma:.3f}; active dimensions (KL above 0.1 nats) {active} of {L}; "
           f"KL {kl.sum():.1f} nats a chunk")

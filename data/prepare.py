@@ -36,7 +36,7 @@ DATA_DIR = Path(__file__).resolve().parent
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 SECTION = 8 << 10    # bytes: a .txt or stdin with no document borders of its own is cut at the first good place after this
 LONGEST = 128 << 10  # bytes: any other document is cut after these: none fills the memory, or most of the validation split
-BATCH = 8 << 20      # bytes of text handed to the tokenizer's threads at once
+BATCH = 256          # documents handed to the tokenizer's threads at once
 
 # name -> (address, member of the zip archive or None, share of documents for validation)
 DOWNLOADS = {
@@ -53,17 +53,10 @@ def fail(message):
     raise SystemExit(2)
 
 
-class Help(argparse.HelpFormatter):
-    """Each flag with its default, where it has one."""
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS)
-        return action.help if silent else f"{action.help} (default: %(default)s)"
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse that shows every default, and whose errors are one line."""
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         fail(f"{message}; `python {self.prog} --help` lists the flags")
@@ -130,15 +123,6 @@ def fingerprint_tokenizer(tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources: every one is a stream of documents, each a bytes object
 
-def open_text(path):
-    """A binary stream of the text in a plain, .gz or (path, member of a .zip) file."""
-    if isinstance(path, tuple):
-        return zipfile.ZipFile(path[0]).open(path[1])
-    if str(path) == "-":
-        return sys.stdin.buffer
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-
-
 def cut(text, limit):
     """Where to cut `text` near `limit`: after the last blank line, else after a line end, else between characters."""
     for border in (b"\n\n", b"\n"):
@@ -179,22 +163,16 @@ def articles(lines):
     yield b"".join(article)
 
 
-def tabs_for_blanks(text):
-    """Four blanks -> one tab. Else the chunk of four blanks is by far the commonest of Python source: it flatters
-    BrierLM, and a text drawn at a low temperature that falls into blanks never comes out."""
-    return text.replace(b"    ", b"\t")
-
-
 def documents(path, known):
     """The documents of one file, by its kind."""
-    kind = ".txt" if isinstance(path, tuple) or str(path) == "-" else Path(str(path).removesuffix(".gz")).suffix
-    with open_text(path) as stream:
-        if known == "wikitext103-test" and kind == ".txt":
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    with sys.stdin.buffer if path.name == "-" else gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
+        if known == "wikitext103-test":
             yield from articles(stream)
         elif kind == ".jsonl":
             yield from json_texts(path, stream)
         else:
-            yield from pieces(stream, SECTION if kind == ".txt" else LONGEST)
+            yield from pieces(stream, LONGEST if kind in (".md", ".py") else SECTION)
 
 
 def standard_library():
@@ -206,49 +184,39 @@ def standard_library():
 
 
 def local_files(sources):
+    """Files as they are, folders searched for SUFFIXES; "-" is stdin."""
     paths = []
     for source in map(Path, sources):
-        if source.is_dir():
-            found = sorted(p for p in source.rglob("*") if p.is_file() and p.name.removesuffix(".gz").endswith(SUFFIXES))
-            if not found:
-                fail(f"{source} holds no {', '.join(SUFFIXES)} files (or .gz of these)")
-            paths += found
-        elif str(source) != "-" and not source.is_file():
+        found = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+        if not source.is_dir() and str(source) != "-" and not source.is_file():
             fail(f"no data at {source}: give files, folders, - for stdin, or one of stdlib, {', '.join(DOWNLOADS)}")
-        elif str(source) != "-" and not source.name.removesuffix(".gz").endswith(SUFFIXES):
-            fail(f"{source}: expected one of {', '.join(SUFFIXES)} (or .gz of these)")
-        else:
-            paths.append(source)
+        text = [p for p in found if str(p) == "-" or p.name.removesuffix(".gz").endswith(SUFFIXES)]
+        if not text:
+            fail(f"{source} holds no text: expected {', '.join(SUFFIXES)} files (or .gz of these)")
+        paths += text
     return paths
 
 
-def download(url, path):
-    """Fetch `url` to `path` with a progress bar. The file gets its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as out:
-            size = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"download {path.name}") as bar:
-                while block := response.read(1 << 20):
-                    out.write(block)
-                    bar.update(len(block))
-            if size and out.tell() != size:
-                raise OSError(f"got {out.tell()} of {size} bytes")
-        part.replace(path)
-    except (OSError, HTTPException) as error:   # no network, a timeout, a broken connection, a full disk
-        fail(f"could not download {url} ({error}): check the network, or fetch the file yourself to {path}")
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def downloaded(name):
-    """The local copy of a known download -> what open_text takes."""
+    """The local copy of a known download, fetched with a progress bar if it is missing. It gets its name when it is whole."""
     url, member, _ = DOWNLOADS[name]
     path = DATA_DIR / "downloads" / (name + (".zip" if member else ".txt"))
+    part = path.with_name(path.name + ".part")
     if not path.exists():
-        download(url, path)
-    return (path, member) if member else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as out:
+                size = int(response.headers.get("Content-Length") or 0)
+                with tqdm.wrapattr(out, "write", total=size or None, desc=f"download {name}") as file:
+                    shutil.copyfileobj(response, file)
+                if size and out.tell() != size:
+                    raise OSError(f"got {out.tell()} of {size} bytes")
+            part.replace(path)
+        except (OSError, HTTPException) as error:   # no network, a timeout, a broken connection, a full disk
+            fail(f"could not download {url} ({error}): check the network, or fetch the file yourself to {path}")
+        finally:
+            part.unlink(missing_ok=True)
+    return zipfile.Path(path, member) if member else path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,16 +240,14 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
         partial.mkdir(parents=True)
         meta = {"name": folder.name, "sources": [str(s) for s in sources], "tokenizer": str(tokenizer),
                 "tokenizer_fingerprint": fingerprint_tokenizer(enc), "vocab_size": enc.n_vocab, "eot": eot_token(enc),
-                "val_fraction": val_fraction, **write_splits(partial, read_all(paths, known), enc, val_fraction)}
+                "val_fraction": val_fraction, **write_splits(partial, tokenized(read_all(paths, known), enc), enc, val_fraction)}
         if Path(tokenizer).is_file():   # keep the vocabulary beside the tokens: the original may move
             shutil.copyfile(tokenizer, partial / "tokenizer.tiktoken")
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except OSError as error:   # a full disk, a file that may not be read
-        fail(f"could not prepare {folder.name} ({error}): nothing was changed")
-    except KeyboardInterrupt:
-        fail(f"interrupted: {folder.name} was not prepared, nothing was changed")
+    except (OSError, KeyboardInterrupt) as error:   # a full disk, a file that may not be read, Ctrl-C
+        fail(f"{folder.name} was not prepared ({str(error) or 'interrupted'}): nothing was changed")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{folder}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation "
@@ -290,42 +256,39 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
 
 
 def read_all(paths, known):
-    """Every document of every file that is not blank, with a progress bar."""
+    """(path, document) of every file, with a progress bar; blank documents are left out."""
     plain = [p for p in paths if isinstance(p, Path) and p.is_file() and p.suffix != ".gz"]
     with tqdm(total=sum(p.stat().st_size for p in plain) or None, unit="B", unit_scale=True, desc="prepare") as bar:
         for path in paths:
             for text in documents(path, known):
                 bar.update(len(text))
+                if known == "stdlib":
+                    # Four blanks -> one tab. Else the chunk of four blanks is by far the commonest: it flatters BrierLM,
+                    # and a text drawn at a low temperature that falls into blanks never comes out.
+                    text = text.replace(b"    ", b"\t")
                 if text.strip():
-                    yield path, tabs_for_blanks(text) if known == "stdlib" else text
+                    yield path, text
 
 
 def tokenized(texts, enc):
-    """(path, document) pairs -> (document, token ids) pairs, BATCH bytes at a time through the tokenizer's threads."""
-    batch, size = [], 0
-    for path, text in itertools.chain(texts, [(None, None)]):
-        if path is not None:
-            batch.append((path, text))
-            size += len(text)
-        if size > BATCH or path is None:   # a full batch, or the end
-            ids = ([list(t) for _, t in batch] if enc.name == "bytes" else
-                   enc.encode_ordinary_batch([as_utf8(t, p) for p, t in batch], num_threads=os.cpu_count()))
-            yield from zip([t for _, t in batch], ids)
-            batch, size = [], 0
+    """(path, document) pairs -> (document, token ids) pairs, a BATCH of documents at a time through the tokenizer's threads."""
+    while batch := list(itertools.islice(texts, BATCH)):
+        ids = ([list(text) for _, text in batch] if enc.name == "bytes" else
+               enc.encode_ordinary_batch([as_utf8(text, path) for path, text in batch], num_threads=os.cpu_count()))
+        yield from zip((text for _, text in batch), ids)
 
 
 def write_splits(folder, texts, enc, val_fraction):
-    """Write train.bin and val.bin into `folder` as the tokens come -> their part of meta.json."""
+    """Write train.bin and val.bin into `folder` as (document, token ids) come -> their part of meta.json."""
     dtype = next(d for d in (np.uint8, np.uint16, np.uint32) if enc.n_vocab <= np.iinfo(d).max + 1)
-    eot, documents = eot_token(enc), 0
-    tokens, hashes = {"train": 0, "val": 0}, {"train": hashlib.sha256(), "val": hashlib.sha256()}
+    eot, documents, tokens, fingerprint = eot_token(enc), 0, {"train": 0, "val": 0}, hashlib.sha256()
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for text, ids in tokenized(texts, enc):
+        for text, ids in texts:
             draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64   # in [0, 1), the text's own
             split, file = ("val", val) if draw < val_fraction else ("train", train)
             data = np.array(ids + [eot], dtype=dtype).tobytes()
             file.write(data)
-            hashes[split].update(data)
+            fingerprint.update(split.encode() + data)
             tokens[split] += len(ids) + 1
             documents += 1
     if documents == 0:
@@ -335,10 +298,9 @@ def write_splits(folder, texts, enc, val_fraction):
         print(f"warning: too few different documents to hold some out, so {empty}.bin repeats {full}.bin: "
               f"validation figures will be training figures", file=sys.stderr)
         shutil.copyfile(folder / f"{full}.bin", folder / f"{empty}.bin")
-        tokens[empty], hashes[empty] = tokens[full], hashes[full]
-    fingerprint = hashlib.sha256((hashes["train"].hexdigest() + hashes["val"].hexdigest()).encode()).hexdigest()[:16]
+        tokens[empty] = tokens[full]
     return {"dtype": np.dtype(dtype).name, "documents": documents, "train_tokens": tokens["train"], "val_tokens": tokens["val"],
-            "fingerprint": fingerprint}
+            "fingerprint": fingerprint.hexdigest()[:16]}
 
 
 def default_name(source, tokenizer):
@@ -379,7 +341,9 @@ class TokenData:
 
 
 def load_data(name):
-    """Open data/<name> (or a folder given by its path) -> TokenData."""
+    """Open data/<name> (or a folder given by its path) -> TokenData. stdlib and the downloads are prepared if missing."""
+    if name in ("stdlib", *DOWNLOADS) and not (DATA_DIR / name / "meta.json").is_file():
+        prepare([name])
     folder = next((f for f in (DATA_DIR / name, Path(name)) if (f / "meta.json").is_file()), None)
     if folder is None:
         fail(f"no data set {name!r} under {DATA_DIR}: make it with `python data/prepare.py SOURCE --name {name}`")
@@ -401,9 +365,9 @@ def main():
     parser = Parser(description="Tokenize text into data/<name>/.")
     parser.add_argument("source", nargs="*", default=["stdlib"],
                         help=f"stdlib, {', '.join(DOWNLOADS)}, files or folders ({' '.join(SUFFIXES)}, .gz of these), or -")
-    parser.add_argument("--name", help="name of the data set (default: from the source and the tokenizer)")
+    parser.add_argument("--name", help="name of the data set; None: from the source and the tokenizer")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, a tiktoken name, or a tiktoken-format file")
-    parser.add_argument("--val_fraction", type=float, help="share of the documents held out (default: 0.1, or the source's own)")
+    parser.add_argument("--val_fraction", type=float, help="share of the documents held out; None: the source's own, or 0.1")
     args = parser.parse_args()
     prepare(args.source, args.name, args.tokenizer, args.val_fraction)
 

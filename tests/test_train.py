@@ -102,9 +102,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, n
     assert run(train, *flags, "--out_dir", tmp_path / "whole").code == 0
     plain = train.make_optimizers
 
-    def interrupted(m, args, now):
+    def interrupted(m, config):
         """The optimizers, the first of which sends the signal in its seventh step of the stage in question."""
-        optimizers = plain(m, args, now)
+        optimizers, now = plain(m, config), {"Autoencoder": "autoencoder", "CALM": "calm", "AR": "ar"}[type(m).__name__]
         step, calls = optimizers[0].step, []
 
         def counted(*a, **k):
@@ -266,7 +266,6 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
 def test_bad_input_is_one_line_and_exit_code_2(case, trained, run, monkeypatch):
     script, flags, folder, message = BAD[case]
     monkeypatch.setattr(data.prepare, "DATA_DIR", trained)
-    monkeypatch.setattr(train, "DATA_DIR", trained)
     monkeypatch.chdir(trained)
     before = {p: p.read_bytes() for p in trained.rglob("*.pt")}
     result = run(script, *flags, "--out_dir", folder)
