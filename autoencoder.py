@@ -170,8 +170,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What every script that runs a model needs: a device, a precision, checkpoints
+# --- What every script that runs a model needs: a device, a precision, checkpoints ------------------------------------
 
 def select_device(name="auto"):
     """`auto` -> cuda, mps or cpu, whichever is there first; or the named device, if it is there."""
@@ -254,8 +253,7 @@ def load_autoencoder(checkpoint):
     return model.eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is this latent space like?
+# --- What is this latent space like? ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def accuracy(model, chunks, noise):

@@ -72,8 +72,7 @@ def check_heads(config):
         fail(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}, into heads of an even width")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The Transformer (section 3.3), LLaMA's: RMSNorm, rotary positions, causal attention, SwiGLU, no biases
+# --- The Transformer (section 3.3), LLaMA's: RMSNorm, rotary positions, causal attention, SwiGLU, no biases -----------
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, head_dim): the half-rotation layout."""
@@ -167,8 +166,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The energy head (section 3.2): h and noise -> z, in one step
+# --- The energy head (section 3.2): h and noise -> z, in one step -----------------------------------------------------
 
 class EnergyBlock(nn.Module):
     """x + Linear4(silu(g) * u), where g, u come from a three-layer MLP on [LayerNorm(x), c]."""
@@ -248,8 +246,7 @@ def energy_score(x, y, alpha=1.0):
         return 2 * to_targets - to_each_other
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Temperature without likelihoods (section 5)
+# --- Temperature without likelihoods (section 5) ----------------------------------------------------------------------
 
 def temperature_batch(samples, temperature):
     """Algorithm 2: from N samples of a chunk, pick one as if drawn from P^(1/T).
@@ -269,8 +266,7 @@ def temperature_batch(samples, temperature):
     return samples[pick, torch.arange(batch, device=samples.device)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The two models
+# --- The two models ---------------------------------------------------------------------------------------------------
 
 class CALM(nn.Module):
     def __init__(self, config, autoencoder):
@@ -370,8 +366,7 @@ class AR(nn.Module):
         return torch.multinomial((self.lm_head(h).float() / temperature).softmax(-1), 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Generation
+# --- Generation -------------------------------------------------------------------------------------------------------
 
 def pad_front(prompt, chunk_size, eot):
     """Prompt (B, P) -> (B, P') with P' a positive multiple of K: end-of-text in front, as before any document, so that
@@ -425,8 +420,7 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, num_candidates=200,
 CALM.generate = AR.generate = generate   # one loop, as a method of both
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Cost
+# --- Cost -------------------------------------------------------------------------------------------------------------
 
 def flops_per_token(config, autoencoder=None):
     """{"train": x, "inference": x}: FLOPs a token with the paper's accounting (table 1), for any of the three configs.
@@ -458,8 +452,7 @@ def flops_per_token(config, autoencoder=None):
             "inference": (backbone + head) / K + ae["decode"]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading
+# --- Loading ----------------------------------------------------------------------------------------------------------
 
 def load_model(out_dir, kind, device="cpu"):
     """The "calm" or "ar" of a run -> (model in eval mode, checkpoint)."""

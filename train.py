@@ -74,8 +74,7 @@ PRESETS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: every field of a config is a flag
+# --- Settings: every field of a config is a flag ----------------------------------------------------------------------
 
 PREFIXED = {"n_embd", "n_ff", "n_layer", *(f.name for f in fields(TrainConfig))}   # the autoencoder's own: --ae_n_embd, ...
 SHARED = {"vocab_size", "chunk_size", "latent_dim"}                               # it must have CALM's
@@ -153,8 +152,7 @@ def resumed_settings(early):
     return {k: v for k, v in settings.items() if k not in ("resume", "out_dir", "device", "model", "match_flops")}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One process of a run: alone, or one of torchrun's
+# --- One process of a run: alone, or one of torchrun's ----------------------------------------------------------------
 
 class World:
     """Who we are among the processes, and where we compute."""
@@ -197,8 +195,7 @@ class World:
             dist.barrier()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer, schedule, batches
+# --- Optimizer, schedule, batches -------------------------------------------------------------------------------------
 
 def make_optimizers(model, config):
     """AdamW with weight decay on matrices only; with optimizer "muon", Muon for the matrices between embedding and output.
@@ -237,8 +234,7 @@ def micro_batches(data, seed, world, stage, step, count, batch_size, length):
         yield tokens.to(world.device, non_blocking=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the loop says while it runs
+# --- What the loop says while it runs ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def validate(stage, model, data, world, length, brier_windows):
@@ -301,8 +297,7 @@ def peak_flops(device, dtype, n=8192):
     return 10 * 2 * n ** 3 / (time.time() - began)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
+# --- The loop ---------------------------------------------------------------------------------------------------------
 
 def train_step(compute, batches, count, optimizers, scaler, grad_clip, world):
     """One optimizer step over `count` micro-batches -> their mean loss, still on the device."""
@@ -398,8 +393,7 @@ def train_stage(stage, model, config, args, data, world, cost, extra, resume_fro
     progress.bar.close()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The whole road
+# --- The whole road ---------------------------------------------------------------------------------------------------
 
 def open_stage(stage, model, args, data):
     """Load the model's weights if the run has some -> the checkpoint to go on from, or None.

@@ -62,8 +62,7 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}; `python {self.prog} --help` lists the flags")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers: each is a tiktoken.Encoding
+# --- Tokenizers: each is a tiktoken.Encoding --------------------------------------------------------------------------
 
 # Llama 3's split pattern: contractions, words, numbers of up to three digits, punctuation, line ends, blanks.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -120,8 +119,7 @@ def fingerprint_tokenizer(tokenizer):
     return hashlib.sha256(vocabulary).hexdigest()[:16]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources: every one is a stream of documents, each a bytes object
+# --- Sources: every one is a stream of documents, each a bytes object -------------------------------------------------
 
 def cut(text, limit):
     """Where to cut `text` near `limit`: after the last blank line, else after a line end, else between characters."""
@@ -219,8 +217,7 @@ def downloaded(name):
     return zipfile.Path(path, member) if member else path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Preparing, and reading back
+# --- Preparing, and reading back --------------------------------------------------------------------------------------
 
 def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None, out_root=None):
     """Tokenize `sources` into out_root/<name> (default: data/<name>) and return that folder. Same input, same bytes out.

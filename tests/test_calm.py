@@ -39,8 +39,7 @@ def both():
     return [pytest.param(tiny_calm, id="calm"), pytest.param(tiny_ar, id="ar")]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The energy score
+# --- The energy score -------------------------------------------------------------------------------------------------
 
 def expected_distance(mean, std):
     """E|d| of d ~ N(mean, std^2)."""
@@ -110,8 +109,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform ==
     assert 0 < peak[1] - peak[0] < 600 * 2 ** 20, f"{(peak[1] - peak[0]) / 2 ** 20:.0f} MB"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Temperature
+# --- Temperature ------------------------------------------------------------------------------------------------------
 
 def draw_chunks(p, N, batch):
     """N x batch samples of an outcome with probabilities p, written as chunks of two equal tokens."""
@@ -157,8 +155,7 @@ def test_ar_temperature_sharpens_the_softmax():
     assert ((found - p).abs() < 5 * (p * (1 - p) / len(h)).sqrt() + 1e-6).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Brier scores
+# --- Brier scores -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("S", [2, 8])
 def test_brier_ngram_is_unbiased(S):
@@ -217,8 +214,7 @@ def test_brierlm_is_the_geometric_mean_and_zero_below_zero():
     assert brierlm(np.array([0.4, 0.2, 0.1, -0.05])) == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Transformer
+# --- Transformer ------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", both())
@@ -263,8 +259,7 @@ def test_every_input_mode_trains_and_generates(mode):
     assert generate(model, torch.randint(V, (2, 4)), 8).shape == (2, 12)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Generation
+# --- Generation -------------------------------------------------------------------------------------------------------
 
 def test_padding_goes_in_front():
     assert pad_front(torch.tensor([[1, 2, 3, 4, 5]]), 4, EOT).tolist() == [[EOT, EOT, EOT, 1, 2, 3, 4, 5]]
@@ -325,8 +320,7 @@ def test_a_prompt_longer_than_the_context_is_an_error():
         generate(tiny_calm(), torch.zeros(1, 4).long(), 4, temperature=0.1, num_candidates=5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Cost
+# --- Cost -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n_layer, n_embd, n_ff, n_head_layer, inference, training",
                          [(16, 1024, 2752, 4, 2.9e8, 3.7e20), (16, 1536, 4096, 4, 4.6e8, 7.7e20)])

@@ -155,8 +155,7 @@ def test_batches_are_the_text_at_the_offsets(foxes):
     assert len(offsets) == 10 and (np.diff(offsets) >= 50).all() and offsets[-1] + 50 <= len(data.val)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Downloads, from a server on this machine
+# --- Downloads, from a server on this machine -------------------------------------------------------------------------
 
 @pytest.fixture
 def server(monkeypatch):
@@ -239,8 +238,7 @@ def test_a_killed_prepare_leaves_what_was_there_before(earlier, data_dir, tmp_pa
             load_data("t")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input: one line, exit code 2
+# --- Bad input: one line, exit code 2 ---------------------------------------------------------------------------------
 
 def bad_inputs():
     return {

@@ -41,8 +41,7 @@ def assert_same_weights(a, b, **tolerance):
         torch.testing.assert_close(a[name], b[name], msg=lambda m: f"{name}: {m}", **tolerance)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Learning
+# --- Learning ---------------------------------------------------------------------------------------------------------
 
 def test_the_whole_road_learns_a_repeating_text(foxes, tmp_path, run):
     """Autoencoder, CALM, BrierLM, text: near-certainty about a sentence that repeats, from both models."""
@@ -92,8 +91,7 @@ def test_the_baseline_gets_the_training_flops_of_the_run_it_is_matched_to(foxes,
     assert ar["flops"] == pytest.approx(calm["flops"], rel=0.05)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Interrupted, resumed, spread out
+# --- Interrupted, resumed, spread out ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage, model", [("autoencoder", "calm"), ("calm", "calm"), ("ar", "ar")])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -186,8 +184,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_step(
     assert checkpoint["step"] == 10 and all(v.isfinite().all() for v in checkpoint["model"].values())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input: one line, exit code 2, nothing lost
+# --- Bad input: one line, exit code 2, nothing lost -------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
