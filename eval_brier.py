@@ -147,11 +147,12 @@ def main():
         if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name} must be at least {least}, not {getattr(args, name)}")
     device = select_device(args.device)
-    model, checkpoint = load_model(args.out_dir, args.model, device)
+    dtype = select_dtype(args.dtype, device)
+    model, checkpoint = load_model(args.out_dir, args.model, device, dtype)
     data = load_data(args.data or checkpoint["data"]["name"])
     check_tokenizer(checkpoint, data)
-    result = evaluate(model, data, device, select_dtype(args.dtype, device), args.windows, args.num_samples, args.stride,
-                      args.context, args.seed, progress=True)
+    result = evaluate(model, data, device, dtype, args.windows, args.num_samples, args.stride, args.context, args.seed,
+                      progress=True)
     print(describe(result))
     if args.json:
         print(json.dumps({**result, "step": checkpoint["step"]}))

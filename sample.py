@@ -56,7 +56,7 @@ def main():
 
     device = select_device(args.device)
     dtype = select_dtype(args.dtype, device)
-    model, checkpoint = load_model(args.out_dir, args.model, device)
+    model, checkpoint = load_model(args.out_dir, args.model, device, dtype)
     tokenizer = load_tokenizer(checkpoint)
     eot, K = eot_token(tokenizer), model.chunk_size
     ids = encode(tokenizer, read_start(args.start), "the prompt")
