@@ -17,6 +17,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -29,10 +30,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:   # Windows
+    resource = None
+
 import eval_brier
 from autoencoder import (Autoencoder, AutoencoderConfig, autocast, check_sizes, load_autoencoder, load_checkpoint,
                          save_checkpoint, select_device, select_dtype)
-from calm import AR, CALM, ARConfig, CALMConfig, flops_per_token, generate
+from calm import (AR, CALM, ARConfig, CALMConfig, cast_matrices, centred_targets, energy_score, flops_per_token, generate)
 from data.prepare import Parser, eot_token, fail, load_data
 
 STAGES = ("autoencoder", "calm", "ar")
@@ -63,7 +69,7 @@ SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, aux_weight=0.5, optimizer="
              decay_frac=0.4, grad_accum=1, ae_n_embd=256, ae_n_ff=640, ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.4,
              ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=1600,
+    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=2000,
                  ae_max_steps=600),
     "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=6000,
                  batch_size=32, ae_max_steps=2000, ae_batch_size=16),
@@ -95,7 +101,7 @@ def add_flags(group, config, stage="calm", skip=()):
 
 
 def config_of(config, args, stage, **given):
-    """A config from the flags of its fields; vocab_size, which is no flag, is given."""
+    """A config from the flags of its fields, or from what is given in their place."""
     return config(**{f.name: given.get(f.name, getattr(args, flag(f.name, stage), f.default)) for f in fields(config)})
 
 
@@ -112,6 +118,10 @@ def parse_args(argv):
     run.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of matrix products")
     run.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on CUDA")
+    run.add_argument("--bench", type=float, nargs="?", const=2.0, metavar="SECONDS",
+                     help="train nothing; measure speed and memory with random weights and tokens, about 2 seconds a figure")
+    run.add_argument("--json", action="store_true", help="with --bench: end with one JSON object on a line")
+    run.add_argument("--vocab_size", type=int, default=257, help="of --bench; a training run takes its data's")
     run.add_argument("--log_interval", type=int, default=10, help="steps between lines of log.jsonl")
     run.add_argument("--eval_interval", type=int, default=500, help="steps between evaluations, each followed by a checkpoint")
     add_flags(parser.add_argument_group("training"), TrainConfig)
@@ -393,6 +403,80 @@ def train_stage(stage, model, config, args, data, world, cost, extra, resume_fro
     progress.bar.close()
 
 
+# --- The bench -------------------------------------------------------------------------------------------------------
+
+def median_seconds(function, device, seconds):
+    """Median time of a call after a warm-up, over at least 3 calls and about `seconds`."""
+    times = []
+    while len(times) < 4 or sum(times[1:]) < seconds:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def bench(args, world):
+    """Speed and memory of one configuration: a training step and its parts, then generation by CALM and by AR."""
+    device, K, config = world.device, args.chunk_size, config_of(TrainConfig, args, "calm")
+    autoencoder = Autoencoder(config_of(AutoencoderConfig, args, "autoencoder"))
+    model = CALM(config_of(CALMConfig, args, "calm"), autoencoder).to(device).train()
+    c, P = model.config, config.batch_size * args.block_size
+    tokens = torch.randint(c.vocab_size, (config.batch_size, (args.block_size + 1) * K), device=device)
+    optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler(device.type, enabled=world.dtype == torch.float16)
+    model.forward = model.loss
+    compute = torch.compile(model) if world.compile else model
+    step = median_seconds(lambda: train_step(compute, [tokens], 1, optimizers, scaler, config.grad_clip, world), device,
+                          args.bench)
+    speed = P * K / step
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        mfu = speed * flops_per_token(c, autoencoder.config)["train"] / peak_flops(device, world.dtype)
+    else:
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        memory, mfu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, None   # of the whole process
+
+    def part(forward):
+        """Median time of a part of the step, its backward pass included, as a share of the step."""
+        def both():
+            with autocast(device, world.dtype):
+                y = forward()
+            if y.requires_grad:
+                y.sum().backward()
+        return median_seconds(both, device, args.bench) / step
+
+    h, x = torch.randn(P, c.n_embd, device=device).requires_grad_(), torch.randn(c.num_samples, P, c.latent_dim, device=device)
+    log_std = torch.zeros(P, c.latent_dim, device=device)
+    share = {"backbone": part(lambda: model.hidden(tokens[:, K:])), "head": part(lambda: model.head.sample(h, c.num_samples)),
+             "energy_score": part(lambda: energy_score(x.requires_grad_(), centred_targets(log_std, c.num_targets), c.alpha)),
+             "autoencoder": part(lambda: torch.no_grad()(autoencoder.encode)(tokens[:, K:].unflatten(1, (-1, K)))[0])}
+
+    def tokens_per_s(model, new, temperature=1.0, batch=1):
+        prompt = tokens[:1, :2 * K].expand(batch, -1)
+        with autocast(device, world.dtype):
+            return batch * new / median_seconds(lambda: generate(model, prompt, new, temperature), device,
+                                                args.bench)
+
+    new = (args.block_size - 2) * K if args.block_size < 64 else 62 * K   # within the context
+    ar = cast_matrices(AR(config_of(ARConfig, args, "ar", block_size=args.block_size * K)).to(device).eval(), world.dtype)
+    cast_matrices(model.eval(), world.dtype)
+    made = {"calm_T1": tokens_per_s(model, new), "calm_T0.5": tokens_per_s(model, new // 4, 0.5), "ar_T1": tokens_per_s(ar, new),
+            "calm_T1_b32": tokens_per_s(model, new, batch=32), "ar_T1_b32": tokens_per_s(ar, new // 4, batch=32)}
+    precision = str(world.dtype).removeprefix("torch.")
+    print(f"{'training, ' + precision:28} {speed:10,.0f} tokens/s, peak memory {memory:.2f} GB"
+          + (f", MFU {mfu:.1%}" if mfu else ""))
+    for name, value in share.items():
+        print(f"{'  ' + name.replace('_', ' '):28} {value:10.1%} of the step")
+    for name, value in made.items():
+        print(f"{'generation, ' + name:28} {value:10,.0f} tokens/s")
+    if args.json:
+        print(json.dumps({"train_tokens_per_s": speed, "peak_memory_gb": memory, "mfu": mfu, "precision": precision,
+                          "share": share, "generate": made}))
+
+
 # --- The whole road ---------------------------------------------------------------------------------------------------
 
 def open_stage(stage, model, args, data):
@@ -442,6 +526,8 @@ def finish(model, args, data, world):
 def main():
     args = parse_args(sys.argv[1:])
     world = World(args)
+    if args.bench:
+        return bench(args, world)
     if world.main:
         load_data(args.data)   # prepares it, if it is a known one: the others wait
     world.barrier()

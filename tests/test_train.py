@@ -18,6 +18,7 @@ import eval_brier
 import sample
 import train
 from autoencoder import load_checkpoint
+from calm import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """--device cpu --dtype float32 --compile off --chunk_size 4 --latent_dim 32 --n_embd 64 --n_ff 128 --n_layer 2 --n_head 4
@@ -182,6 +183,34 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_step(
     assert result.code == 2 and "nan at step 12" in result.err   # 10 training steps, a validation, 2 more steps
     checkpoint = load_checkpoint(out / "ar.pt")
     assert checkpoint["step"] == 10 and all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+# --- Speed -----------------------------------------------------------------------------------------------------------
+
+def test_the_bench_measures_each_part_and_both_models(run):
+    result = run(train, "--bench", "0.02", "--json", *TINY, "--vocab_size", "50")
+    figures = json.loads(result.out.splitlines()[-1])
+    assert result.code == 0 and figures["precision"] == "float32" and figures["mfu"] is None
+    assert figures["train_tokens_per_s"] > 0 and figures["peak_memory_gb"] > 0.1
+    assert set(figures["share"]) == {"backbone", "head", "energy_score", "autoencoder"} and min(figures["share"].values()) > 0
+    assert set(figures["generate"]) == {"calm_T1", "calm_T0.5", "ar_T1", "calm_T1_b32", "ar_T1_b32"}
+    assert min(figures["generate"].values()) > 0
+
+
+@torch.no_grad()
+def test_casting_matrices_once_equals_autocast(trained):
+    """The cast for inference gives what autocast gives, for CALM and AR."""
+    for kind in ("calm", "ar"):
+        tokens = torch.arange(32)[None] % 97
+        hidden = []
+        for dtype in (torch.float32, torch.bfloat16):
+            model, _ = load_model(trained / "out", kind, dtype=dtype)
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden.append(model.hidden(tokens))
+                torch.manual_seed(0)
+                hidden.append(model.draw(hidden[-1][:, -1]))
+        assert model.transformer.blocks[0].attn.q_proj.weight.dtype == torch.bfloat16
+        assert torch.equal(hidden[0], hidden[2]) and torch.equal(hidden[1], hidden[3])
 
 
 # --- Bad input: one line, exit code 2, nothing lost -------------------------------------------------------------------
