@@ -95,15 +95,24 @@ class KVCache:
         self.length = 0     # positions filled; setting it lower forgets the positions after it
         self.layers = {}    # layer -> (2, B, nh, block_size, hs)
 
-    def update(self, layer, k, v):
-        """Store k, v (B, nh, T, hs) of `layer` after the filled positions -> all keys and values so far."""
+    def update(self, layer, k, v, position=None):
+        """Store k, v (B, nh, T, hs) of `layer` -> keys and values to attend to, and a mask of them or None.
+
+        After the filled positions; or, for one position given as a tensor (1,), there: with all block_size positions to
+        attend to, the empty ones masked off, so that every step has the same shapes (what a CUDA graph needs)."""
+        B, nh, T, hs = k.shape
         if layer not in self.layers:
-            B, nh, _, hs = k.shape
-            self.layers[layer] = k.new_empty(2, B, nh, self.block_size, hs)
-        end = self.length + k.shape[2]
+            self.layers[layer] = k.new_zeros(2, B, nh, self.block_size, hs)   # not empty: a NaN stays one under a mask
         store = self.layers[layer]
+        if position is not None:
+            store.index_copy_(3, position, torch.stack([k, v]))
+            return store[0], store[1], torch.arange(self.block_size, device=k.device)[None] <= position
+        end = self.length + T
         store[0, :, :, self.length:end], store[1, :, :, self.length:end] = k, v
-        return store[0, :, :, :end], store[1, :, :, :end]
+        mask = None
+        if 1 < T < end:   # several new positions after cached ones: row i sees the cached and the first i new
+            mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(end - T)
+        return store[0, :, :, :end], store[1, :, :, :end], mask
 
 
 class Attention(nn.Module):
@@ -116,17 +125,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, D, bias=False)
         self.o_proj = nn.Linear(D, D, bias=False)
 
-    def forward(self, x, cos, sin, cache=None):
-        T = x.shape[1]
+    def forward(self, x, cos, sin, cache=None, position=None):
         q, k, v = (proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)   # (B, nh, T, hs)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mask = None
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-            if 1 < T < k.shape[2]:   # several new positions after cached ones: row i sees the cached and the first i new
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+            k, v, mask = cache.update(self.layer, k, v, position)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
         return self.o_proj(y.transpose(1, 2).flatten(-2))                     # (B, T, D)
 
 
@@ -138,8 +144,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.n_embd)
         self.mlp = SwiGLU(config.n_embd, config.n_ff)
 
-    def forward(self, x, cos, sin, cache=None):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
+    def forward(self, x, cos, sin, cache=None, position=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache, position)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -154,14 +160,17 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x, cache=None):
-        start = cache.length if cache is not None else 0
-        end = start + x.shape[1]
-        if end > self.block_size:
-            raise ValueError(f"{end} positions, but the context is {self.block_size}")
+    def forward(self, x, cache=None, position=None):
+        """`position`: where a single vector stands, as a tensor (1,); then it is the caller who counts cache.length."""
+        if position is None:
+            start = cache.length if cache is not None else 0
+            end = start + x.shape[1]
+            if end > self.block_size:
+                raise ValueError(f"{end} positions, but the context is {self.block_size}")
+        where = position if position is not None else slice(start, end)
         for block in self.blocks:
-            x = block(x, self.cos[start:end], self.sin[start:end], cache)
-        if cache is not None:
+            x = block(x, self.cos[where], self.sin[where], cache, position)
+        if cache is not None and position is None:
             cache.length = end
         return self.norm(x)
 
@@ -315,9 +324,9 @@ class CALM(nn.Module):
             x = x + self.latent_in(self.autoencoder.encode(chunks)[0])
         return x
 
-    def hidden(self, tokens, cache=None):
+    def hidden(self, tokens, cache=None, position=None):
         """tokens (B, T*K) -> h (B, T, D): h_t has seen chunks up to and with t, and predicts chunk t+1."""
-        return self.transformer(self.inputs(tokens), cache)
+        return self.transformer(self.inputs(tokens), cache, position)
 
     def loss(self, tokens):
         """tokens (B, (T+1)*K): chunk t+1 from h_t, for T positions -> scalar, metrics."""
@@ -359,9 +368,9 @@ class AR(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(init_weights)
 
-    def hidden(self, tokens, cache=None):
+    def hidden(self, tokens, cache=None, position=None):
         """tokens (B, T) -> h (B, T, D)."""
-        return self.transformer(self.embed(tokens), cache)
+        return self.transformer(self.embed(tokens), cache, position)
 
     def loss(self, tokens):
         """tokens (B, T+1): cross-entropy of token t+1 given the ones before, in nats -> scalar, metrics."""
@@ -386,11 +395,12 @@ def pad_front(prompt, chunk_size, eot):
 
 
 @torch.inference_mode()
-def stream(model, prompt, max_new_tokens, temperature=1.0, num_candidates=200, eot=None):
+def stream(model, prompt, max_new_tokens, temperature=1.0, num_candidates=200, eot=None, cache=None, compiled=False):
     """Continue prompt (B, P) of any length, P = 0 included; yields tokens (B, K) as they are drawn (AR: K = 1).
 
     After a sequence's first end-of-text it yields only that token; when all sequences have ended it stops. A text that
-    outgrows the context goes on with the last half of it, encoded anew.
+    outgrows the context goes on with the last half of it, encoded anew. cache: one of an earlier call with the same B, to
+    use again. compiled: one compiled step of constant shapes (a CUDA graph on CUDA), which pays for long texts.
     """
     if not 0 < temperature <= 1:
         raise ValueError(f"temperature {temperature} is not in (0, 1]")
@@ -398,30 +408,42 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, num_candidates=200, e
         raise ValueError(f"temperature {temperature} needs at least {math.ceil(1 / temperature)} candidates")
     K, context = model.chunk_size, model.config.block_size
     text = pad_front(prompt, K, eot)
-    cache = KVCache(context)
-    h = model.hidden(text, cache)[:, -1]                                      # (B, D)
+    cache = cache or KVCache(context)
+    cache.length = 0
+
+    def step(tokens, position=None):
+        """Read chunks (B, T*K), draw the next one (B, K)."""
+        return model.draw(model.hidden(tokens, cache, position)[:, -1], temperature, num_candidates)
+
+    new = step(text)
+    if compiled:
+        for store in cache.layers.values():
+            torch._dynamo.mark_static_address(store)   # a CUDA graph writes where it wrote when it was recorded
+        one_step = torch.compile(step, mode="reduce-overhead", fullgraph=True)
     ended = torch.zeros(len(text), dtype=torch.bool, device=text.device)
-    for _ in range(0, max_new_tokens, K):
-        new = model.draw(h, temperature, num_candidates)                      # (B, K)
+    for made in range(K, max_new_tokens + K, K):
         if eot is not None:
             is_eot = new == eot
             after = ended[:, None] | (is_eot.cumsum(1) - is_eot.long() > 0)   # behind the first end-of-text
             new = new.masked_fill(after, eot)
             ended = ended | is_eot.any(1)
         yield new
-        if ended.all():
+        if made >= max_new_tokens or eot is not None and ended.all():
             return
         text = torch.cat([text, new], dim=1)
         if cache.length == context:
-            cache = KVCache(context)
-            h = model.hidden(text[:, -max(context // 2, 1) * K:], cache)[:, -1]
+            cache.length = 0
+            new = step(text[:, -max(context // 2, 1) * K:])
+        elif compiled:
+            new = one_step(new, torch.full((1,), cache.length, device=text.device)).clone()
+            cache.length += 1
         else:
-            h = model.hidden(new, cache)[:, -1]
+            new = step(new)
 
 
-def generate(model, prompt, max_new_tokens, temperature=1.0, num_candidates=200, eot=None):
-    """Prompt (B, P) -> tokens (B, P + new): the prompt and up to max_new_tokens more (see `stream`)."""
-    new = list(stream(model, prompt, max_new_tokens, temperature, num_candidates, eot))
+def generate(model, prompt, max_new_tokens, *args, **kwargs):
+    """Prompt (B, P) -> tokens (B, P + new): the prompt and up to max_new_tokens more. The rest is as in `stream`."""
+    new = list(stream(model, prompt, max_new_tokens, *args, **kwargs))
     return torch.cat([prompt, *new], dim=1)[:, :prompt.shape[1] + max_new_tokens]
 
 

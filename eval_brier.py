@@ -14,6 +14,7 @@ import math
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from autoencoder import autocast, check_tokenizer, select_device, select_dtype
@@ -98,7 +99,8 @@ def evaluate(model, data, device, dtype, windows=750, num_samples=4, stride=None
     Windows of `context` tokens (default: the model's) are spread evenly over the split; n-grams start every `stride`
     tokens (default: the smallest multiple of K that is at least 4) with all of the window before them as context.
     Equal windows, stride and context give equal positions, whatever the model. The standard error is a bootstrap over
-    windows, because positions of one window are not independent.
+    windows, because positions of one window are not independent. Under torchrun the processes share the windows: call it
+    on all of them.
     """
     K = model.chunk_size
     stride = stride or K * math.ceil(4 / K)
@@ -110,13 +112,18 @@ def evaluate(model, data, device, dtype, windows=750, num_samples=4, stride=None
     if context < stride + max(4, K):
         fail(f"--context {context} is too short for an n-gram after {stride} tokens")
     offsets = data.even_offsets("val", windows, context)
-    scores = []
-    torch.manual_seed(seed)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    scores = {}
     with autocast(device, dtype):
-        for i in tqdm(range(0, len(offsets), 32), desc="BrierLM", disable=not progress, leave=False):
+        for i in tqdm(range(32 * rank, len(offsets), 32 * size), desc="BrierLM", disable=not progress, leave=False):
+            torch.manual_seed((seed << 20) + i)   # the same samples, however the windows are shared
             tokens = data.batch("val", offsets[i:i + 32], context).to(device)
-            scores.append(brier_of_windows(model, tokens, stride, num_samples).float().cpu())
-    scores = torch.cat(scores)                                                # (windows, starts, 4)
+            scores[i] = brier_of_windows(model, tokens, stride, num_samples).float().cpu()
+    if size > 1:
+        parts = [None] * size
+        dist.all_gather_object(parts, scores)
+        scores = {i: score for part in parts for i, score in part.items()}
+    scores = torch.cat([scores[i] for i in sorted(scores)])                   # (windows, starts, 4)
     by_window = scores.mean(1).double().numpy()
     resampled = np.random.default_rng(seed).integers(0, len(by_window), size=(1000, len(by_window)))
     return {"brier": by_window.mean(0).tolist(), "brierlm": float(brierlm(by_window.mean(0))),

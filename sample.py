@@ -46,6 +46,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
+    parser.add_argument("--compile", action="store_true", help="compile the step: a minute's wait that pays for long texts on CUDA")
     args = parser.parse_args()
     if not 0 < args.temperature <= 1:
         fail(f"--temperature must be in (0, 1], not {args.temperature}")
@@ -72,7 +73,8 @@ def main():
     texts, began = [[] for _ in range(args.num_samples)], time.time()
     write(tokenizer.decode_bytes(until_eot(ids, eot)))
     with autocast(device, dtype):
-        for new in stream(model, prompt, args.max_new_tokens, args.temperature, args.num_candidates, eot):
+        for new in stream(model, prompt, args.max_new_tokens, args.temperature, args.num_candidates, eot,
+                          compiled=args.compile):
             for text, tokens in zip(texts, new.tolist()):
                 shown = len(until_eot(text, eot))
                 text += tokens[:args.max_new_tokens - len(text)]

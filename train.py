@@ -22,6 +22,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -38,7 +39,8 @@ except ImportError:   # Windows
 import eval_brier
 from autoencoder import (Autoencoder, AutoencoderConfig, autocast, check_sizes, load_autoencoder, load_checkpoint,
                          save_checkpoint, select_device, select_dtype)
-from calm import (AR, CALM, ARConfig, CALMConfig, cast_matrices, centred_targets, energy_score, flops_per_token, generate)
+from calm import (AR, CALM, ARConfig, CALMConfig, KVCache, cast_matrices, centred_targets, energy_score, flops_per_token,
+                  generate)
 from data.prepare import Parser, eot_token, fail, load_data
 
 STAGES = ("autoencoder", "calm", "ar")
@@ -69,7 +71,7 @@ SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, aux_weight=0.5, optimizer="
              decay_frac=0.4, grad_accum=1, ae_n_embd=256, ae_n_ff=640, ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.4,
              ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=2000,
+    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=1800,
                  ae_max_steps=600),
     "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=6000,
                  batch_size=32, ae_max_steps=2000, ae_batch_size=16),
@@ -122,6 +124,7 @@ def parse_args(argv):
                      help="train nothing; measure speed and memory with random weights and tokens, about 2 seconds a figure")
     run.add_argument("--json", action="store_true", help="with --bench: end with one JSON object on a line")
     run.add_argument("--vocab_size", type=int, default=257, help="of --bench; a training run takes its data's")
+    run.add_argument("--shard_optimizer", action="store_true", help="under torchrun: each process keeps a share of the optimizer's state")
     run.add_argument("--log_interval", type=int, default=10, help="steps between lines of log.jsonl")
     run.add_argument("--eval_interval", type=int, default=500, help="steps between evaluations, each followed by a checkpoint")
     add_flags(parser.add_argument_group("training"), TrainConfig)
@@ -175,7 +178,7 @@ class World:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")   # TF32 for what stays in float32
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
             atexit.register(dist.destroy_process_group)
         self.dtype = select_dtype(args.dtype, self.device)
         self.compile = args.compile == "on" or args.compile == "auto" and self.device.type == "cuda"
@@ -207,18 +210,24 @@ class World:
 
 # --- Optimizer, schedule, batches -------------------------------------------------------------------------------------
 
-def make_optimizers(model, config):
+def make_optimizers(model, config, shard=False):
     """AdamW with weight decay on matrices only; with optimizer "muon", Muon for the matrices between embedding and output.
 
-    Muon steps along the nearest orthogonal matrix to the momentum (measured in the README)."""
+    Muon steps along the nearest orthogonal matrix to the momentum (measured in the README). With `shard` each process
+    keeps the state of, and updates, a share of the parameters; then they exchange them (ZeRO stage 1)."""
     matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
     muon = {name: p for name, p in matrices.items()
             if config.optimizer == "muon" and not name.startswith(("embed.", "lm_head.", "aux.", "encoder.embed."))}
     groups = [dict(params=[p for name, p in matrices.items() if name not in muon], weight_decay=config.weight_decay),
               dict(params=[p for p in model.parameters() if p.requires_grad and p.ndim != 2], weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    kinds = [(torch.optim.AdamW, groups, dict(lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True))]
     if muon:
-        optimizers.append(torch.optim.Muon(muon.values(), lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95))
+        kinds.append((torch.optim.Muon, list(muon.values()), dict(lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95)))
+    if shard:
+        from torch.distributed.optim import ZeroRedundancyOptimizer   # here: only builds with torch.distributed have it
+        optimizers = [ZeroRedundancyOptimizer(params, kind, **settings) for kind, params, settings in kinds]
+    else:
+        optimizers = [kind(params, **settings) for kind, params, settings in kinds]
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -341,7 +350,8 @@ def train_stage(stage, model, config, args, data, world, cost, extra, resume_fro
     data.check("train", length), data.check("val", length)
 
     model.to(world.device).train()
-    optimizers = make_optimizers(model, config)
+    shard = args.shard_optimizer and world.size > 1
+    optimizers = make_optimizers(model, config, shard)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     begin = 0
     if resume_from:
@@ -355,6 +365,8 @@ def train_stage(stage, model, config, args, data, world, cost, extra, resume_fro
         compute = DistributedDataParallel(compute, device_ids=[world.device] if world.device.type == "cuda" else None)
 
     def save(step):
+        for optimizer in optimizers if shard else ():
+            optimizer.consolidate_state_dict()   # gathered in the first process
         if world.main:
             save_checkpoint(path, {
                 "kind": stage, "config": asdict(model.config), "model": model.state_dict(), "step": step, "done": step >= steps,
@@ -388,7 +400,7 @@ def train_stage(stage, model, config, args, data, world, cost, extra, resume_fro
             kept = f"{path} holds the last good step" if path.exists() else "no checkpoint had been written yet"
             fail(f"the loss of {stage} is {loss} at step {step}: stopped; {kept}. Lower --lr or --muon_lr, or try --dtype float32")
         metrics = {}
-        if evaluating and world.main:
+        if evaluating:
             began = time.time()
             metrics = validate(stage, model, data, world, length, brier_windows=0 if step == steps else 32)
             progress.paused += time.time() - began
@@ -455,10 +467,10 @@ def bench(args, world):
              "autoencoder": part(lambda: torch.no_grad()(autoencoder.encode)(tokens[:, K:].unflatten(1, (-1, K)))[0])}
 
     def tokens_per_s(model, new, temperature=1.0, batch=1):
-        prompt = tokens[:1, :2 * K].expand(batch, -1)
+        prompt, cache = tokens[:1, :2 * K].expand(batch, -1), KVCache(model.config.block_size)
+        write = lambda: generate(model, prompt, new, temperature, cache=cache, compiled=world.compile)
         with autocast(device, world.dtype):
-            return batch * new / median_seconds(lambda: generate(model, prompt, new, temperature), device,
-                                                args.bench)
+            return batch * new / median_seconds(write, device, args.bench)
 
     new = (args.block_size - 2) * K if args.block_size < 64 else 62 * K   # within the context
     ar = cast_matrices(AR(config_of(ARConfig, args, "ar", block_size=args.block_size * K)).to(device).eval(), world.dtype)
@@ -503,7 +515,9 @@ def open_stage(stage, model, args, data):
 
 def finish(model, args, data, world):
     """BrierLM, a held-out text continued, and what to run next."""
-    result = eval_brier.evaluate(model, data, world.device, world.dtype, progress=True)
+    result = eval_brier.evaluate(model, data, world.device, world.dtype, progress=world.main)
+    if not world.main:
+        return
     print("\n" + eval_brier.describe(result))
     with open(args.out_dir / "log.jsonl", "a") as log:
         log.write(json.dumps({"stage": args.model, "step": args.max_steps, "seconds": 0.0, "final": True, **result}) + "\n")
@@ -560,8 +574,7 @@ def main():
         world.say(f"{args.max_steps:,} steps match the {total:.2e} training FLOPs of {args.match_flops}, its autoencoder's included")
     checkpoint = open_stage(args.model, model, args, data)
     train_stage(args.model, model, config_of(TrainConfig, args, args.model), args, data, world, cost, extra, checkpoint)
-    if world.main:
-        finish(model.eval(), args, data, world)
+    finish(model.eval(), args, data, world)
 
 
 if __name__ == "__main__":

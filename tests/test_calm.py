@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from calm import (AR, CALM, ARConfig, CALMConfig, KVCache, centred_targets, distances, energy_score, flops_per_token, generate,
@@ -319,6 +320,23 @@ def test_text_may_outgrow_the_context(make):
     # draw i (from 0) sees i + 1 chunks; draw `context` is the first after the cache was full
     window = text[:, (context + 1 - context // 2) * K:(context + 1) * K]
     torch.testing.assert_close(seen[context], model.hidden(window)[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", both())
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_compiled_step_writes_the_same_text_from_one_graph(make, temperature, monkeypatch):
+    """Over the context's end, twice with one cache: constant shapes, so that nothing is compiled again."""
+    torch._dynamo.reset()
+    model, counter, compile = make(), CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, fullgraph: compile(f, backend=counter, fullgraph=fullgraph))
+    prompt, cache = torch.randint(V - 1, (2, 5)), KVCache(model.config.block_size)
+    new = (model.config.block_size + 3) * model.chunk_size
+    texts = []
+    for settings in ({}, {"compiled": True, "cache": cache}, {"compiled": True, "cache": cache}):
+        torch.manual_seed(0)
+        texts.append(generate(model, prompt, new, temperature, 20, EOT, **settings))
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+    assert counter.frame_count == 1
 
 
 def test_a_prompt_longer_than_the_context_is_an_error():

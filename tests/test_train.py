@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,9 +102,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, n
     assert run(train, *flags, "--out_dir", tmp_path / "whole").code == 0
     plain = train.make_optimizers
 
-    def interrupted(m, config):
+    def interrupted(m, *settings):
         """The optimizers, the first of which sends the signal in its seventh step of the stage in question."""
-        optimizers, now = plain(m, config), {"Autoencoder": "autoencoder", "CALM": "calm", "AR": "ar"}[type(m).__name__]
+        optimizers, now = plain(m, *settings), {"Autoencoder": "autoencoder", "CALM": "calm", "AR": "ar"}[type(m).__name__]
         step, calls = optimizers[0].step, []
 
         def counted(*a, **k):
@@ -136,24 +137,74 @@ def test_a_finished_autoencoder_is_used_as_it_is(foxes, tmp_path, run):
     assert load_checkpoint(path)["step"] == 30
 
 
-@pytest.mark.parametrize("model", ["calm", "ar"])
-def test_two_gloo_processes_equal_one_with_twice_the_batch(model, foxes, data_dir, tmp_path, run):
-    """calm: two micro-batches a step, on one process or one on each of two; ar has no noise: literally twice the batch.
+def torchrun(processes, *argv):
+    """The command line of a script on so many gloo processes, one thread each."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, argv)]
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("model, processes, shard", [("calm", 2, False), ("ar", 2, False), ("calm", 4, True)])
+def test_gloo_processes_equal_one_with_as_many_micro_batches(model, processes, shard, foxes, data_dir, tmp_path, run):
+    """The same micro-batches on one process or one on each: the same losses, weights and BrierLM, also with the optimizer's
+    state in shares. ar has no noise: literally so many times the batch.
 
     From a checkpoint on: AdamW makes a full step of any gradient, also of the head's first ones, which are rounding noise."""
     assert run(train, "--data", foxes, *SHORT, "--optimizer", "adamw", "--model", model, "--out_dir", tmp_path / "one").code == 0
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.copytree(tmp_path / "one", tmp_path / "many")
     flags = ["--resume", "--data", data_dir / foxes, "--model", model, "--max_steps", 21]
-    doubled = ["--grad_accum", 2] if model == "calm" else ["--batch_size", 16]
-    assert run(train, *flags, *doubled, "--out_dir", tmp_path / "one").code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "train.py",
-               *flags, "--out_dir", tmp_path / "two"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    alone = ["--grad_accum", processes] if model == "calm" else ["--batch_size", 8 * processes]
+    assert run(train, *flags, *alone, "--out_dir", tmp_path / "one").code == 0
+    command = torchrun(processes, ROOT / "train.py", *flags, "--out_dir", tmp_path / "many", *["--shard_optimizer"] * shard)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
-    assert_same_weights(weights(tmp_path / "one" / f"{model}.pt"), weights(tmp_path / "two" / f"{model}.pt"), rtol=1e-3, atol=1e-5)
-    one, two = losses(tmp_path / "one", model), losses(tmp_path / "two", model)
-    assert one == pytest.approx(two, rel=1e-4)
+    assert_same_weights(weights(tmp_path / "one" / f"{model}.pt"), weights(tmp_path / "many" / f"{model}.pt"), rtol=1e-3, atol=1e-5)
+    one, many = losses(tmp_path / "one", model), losses(tmp_path / "many", model)
+    assert one == pytest.approx(many, rel=1e-4)
+    if shard:   # what the shares were put together to is what one process goes on from
+        assert run(train, *flags[:-1], 25, "--out_dir", tmp_path / "many", "--device", "cpu").code == 0
+        assert load_checkpoint(tmp_path / "many" / "calm.pt")["step"] == 25
+
+
+def test_processes_share_the_windows_of_brierlm(trained, tmp_path):
+    """The same score, to the digit, from one process and from three."""
+    script = tmp_path / "share.py"
+    script.write_text(f"""
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, {str(ROOT)!r})
+from calm import load_model
+from data.prepare import load_data
+from eval_brier import evaluate
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")
+model, _ = load_model({str(trained / "out")!r}, "calm")
+result = evaluate(model, load_data({str(trained / "foxes4")!r}), torch.device("cpu"), torch.float32, windows=55, context=32)
+if os.environ.get("RANK", "0") == "0":
+    print(result)
+""")
+    one, three = (subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=120).stdout
+                  for command in ([sys.executable, str(script)], torchrun(3, script)))
+    assert "brierlm" in one and one == three
+
+
+def test_a_dead_process_ends_the_run_and_another_number_goes_on(foxes, data_dir, tmp_path, run):
+    out = tmp_path / "out"
+    flags = ["--data", data_dir / foxes, *SHORT, "--model", "ar", "--out_dir", out]
+    group = subprocess.Popen(torchrun(2, ROOT / "train.py", *flags, "--max_steps", 100_000), cwd=ROOT, env=ONE_THREAD,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (out / "ar.pt").exists():
+            assert group.poll() is None
+            time.sleep(0.1)
+        workers = subprocess.run(["pgrep", "-P", str(group.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        assert group.wait(timeout=90) != 0
+    finally:
+        group.kill()
+    step = load_checkpoint(out / "ar.pt")["step"]
+    assert run(train, *flags, "--resume", "--max_steps", step + 5).code == 0
+    assert load_checkpoint(out / "ar.pt")["step"] == step + 5
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(foxes, tmp_path, run, monkeypatch):
