@@ -534,7 +534,7 @@ def finish(model, args, data, world):
     if args.model == "calm":
         print(f"  python train.py --out_dir {args.out_dir} --data {args.data} --model ar --match_flops {args.out_dir}"
               f"   # the baseline at equal cost")
-    print(f"  python {'autoencoder' if args.model == 'calm' else 'eval_brier'}.py --out_dir {args.out_dir}")
+    print(f"  python {'autoencoder.py' if args.model == 'calm' else 'eval_brier.py --model ar'} --out_dir {args.out_dir}")
 
 
 def main():
@@ -574,7 +574,7 @@ def main():
         world.say(f"{args.max_steps:,} steps match the {total:.2e} training FLOPs of {args.match_flops}, its autoencoder's included")
     checkpoint = open_stage(args.model, model, args, data)
     train_stage(args.model, model, config_of(TrainConfig, args, args.model), args, data, world, cost, extra, checkpoint)
-    finish(model.eval(), args, data, world)
+    finish(cast_matrices(model.eval(), world.dtype), args, data, world)   # the training is over
 
 
 if __name__ == "__main__":
