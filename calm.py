@@ -85,7 +85,7 @@ def rotary_tables(head_dim, positions, theta=10000.0):
 def rotate(x, cos, sin):
     """Turn each pair (x_i, x_{i + hs/2}) of x (B, nh, T, hs) by its position's angle."""
     left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-right, left], dim=-1) * sin).type_as(x)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
 class KVCache:
@@ -128,11 +128,14 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None, position=None):
         q, k, v = (proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)   # (B, nh, T, hs)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if x.device.type == "cpu":
+            v = v.float()   # attention on a CPU is no slower in float32 than in bfloat16, and for a single query several times faster
+        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v, position)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
         return self.o_proj(y.transpose(1, 2).flatten(-2))                     # (B, T, D)
 
 
@@ -224,16 +227,16 @@ class EnergyHead(nn.Module):
     def loss(self, h, mean, log_std):
         """Energy loss of each position: h (P, D), posterior mean and log_std (P, L) of the chunk to come -> (P,)."""
         x = self.sample(h, self.config.num_samples).float() - mean            # (N, P, L)
-        y = centred_targets(log_std, self.config.num_targets)                 # (M, P, L)
-        return energy_score(x, y, self.config.alpha)   # both minus the mean: distances stay, float32 keeps more digits
+        y = half_of_targets(log_std, self.config.num_targets)                 # (M/2, P, L)
+        # Both minus the mean: distances stay, and float32 keeps more digits.
+        return energy_score(x, y, self.config.alpha, mirrored=True)
 
 
-def centred_targets(log_std, M):
-    """M draws from N(0, std^2) for log_std (P, L) -> (M, P, L). They come in pairs +-std * eps: each is a fair draw, so
-    the energy loss stays unbiased, with half the random numbers and less variance."""
+def half_of_targets(log_std, M):
+    """M/2 (rounded up) draws from N(0, std^2) for log_std (P, L) -> (M/2, P, L). The other half are their mirror images:
+    -y is as fair a draw as y, so the loss stays unbiased, with half the random numbers and less variance."""
     P, L = log_std.shape
-    y = torch.randn(P, (M + 1) // 2, L, device=log_std.device) * log_std.exp()[:, None]
-    return torch.cat([y, -y], dim=1)[:, :M].transpose(0, 1)                   # laid out as energy_score reads it
+    return (torch.randn(P, (M + 1) // 2, L, device=log_std.device) * log_std.exp()[:, None]).transpose(0, 1)
 
 
 def distances(x, y, alpha):
@@ -246,8 +249,8 @@ def distances(x, y, alpha):
     return squares.clamp_min(1e-10) ** (alpha / 2)
 
 
-def energy_score(x, y, alpha=1.0):
-    """The energy loss (equation 12) of samples x (N, P, L) for targets y (M, P, L) -> (P,). In float32.
+def energy_score(x, y, alpha=1.0, mirrored=False):
+    """The energy loss (equation 12) of samples x (N, P, L) for targets y (M, P, L), or y and -y -> (P,). In float32.
 
     2 E|x - y|^alpha - E|x - x'|^alpha, estimated without bias. For 0 < alpha < 2 its expectation is smallest exactly
     where x and y have the same distribution (a strictly proper score): the first term pulls samples to the target, the
@@ -257,6 +260,8 @@ def energy_score(x, y, alpha=1.0):
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.float().transpose(0, 1), y.float().transpose(0, 1)           # (P, N, L), (P, M, L)
         to_targets = distances(x, y, alpha).sum((1, 2)) / (N * M)
+        if mirrored:   # |x - (-y)| = |-x - y|
+            to_targets = (to_targets + distances(-x, y, alpha).sum((1, 2)) / (N * M)) / 2
         others = 1 - torch.eye(N, device=x.device)                            # n != k
         to_each_other = (distances(x, x, alpha) * others).sum((1, 2)) / (N * (N - 1))
         return 2 * to_targets - to_each_other

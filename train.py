@@ -39,8 +39,8 @@ except ImportError:   # Windows
 import eval_brier
 from autoencoder import (Autoencoder, AutoencoderConfig, autocast, check_sizes, load_autoencoder, load_checkpoint,
                          save_checkpoint, select_device, select_dtype)
-from calm import (AR, CALM, ARConfig, CALMConfig, KVCache, cast_matrices, centred_targets, energy_score, flops_per_token,
-                  generate)
+from calm import (AR, CALM, ARConfig, CALMConfig, KVCache, cast_matrices, energy_score, flops_per_token, generate,
+                  half_of_targets)
 from data.prepare import Parser, eot_token, fail, load_data
 
 STAGES = ("autoencoder", "calm", "ar")
@@ -463,7 +463,7 @@ def bench(args, world):
     h, x = torch.randn(P, c.n_embd, device=device).requires_grad_(), torch.randn(c.num_samples, P, c.latent_dim, device=device)
     log_std = torch.zeros(P, c.latent_dim, device=device)
     share = {"backbone": part(lambda: model.hidden(tokens[:, K:])), "head": part(lambda: model.head.sample(h, c.num_samples)),
-             "energy_score": part(lambda: energy_score(x.requires_grad_(), centred_targets(log_std, c.num_targets), c.alpha)),
+             "energy_score": part(lambda: energy_score(x.requires_grad_(), half_of_targets(log_std, c.num_targets), c.alpha, True)),
              "autoencoder": part(lambda: torch.no_grad()(autoencoder.encode)(tokens[:, K:].unflatten(1, (-1, K)))[0])}
 
     def tokens_per_s(model, new, temperature=1.0, batch=1):

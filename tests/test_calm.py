@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import (AR, CALM, ARConfig, CALMConfig, KVCache, centred_targets, distances, energy_score, flops_per_token, generate,
+from calm import (AR, CALM, ARConfig, CALMConfig, KVCache, distances, energy_score, flops_per_token, generate, half_of_targets,
                   pad_front, stream, temperature_batch)
 from eval_brier import brier_by_rollout, brier_ngram, brierlm
 
@@ -95,14 +95,14 @@ def test_distances_have_the_gradient_of_the_norm():
     torch.testing.assert_close(x.grad, (difference / difference.norm(dim=-1, keepdim=True)).sum(2), rtol=1e-4, atol=1e-5)
 
 
-def test_targets_are_fair_draws_in_opposite_pairs():
-    log_std = torch.tensor([[0.0, math.log(0.5)]]).expand(20_000, 2)
-    y = centred_targets(log_std, 5)                                           # (5, 20000, 2): an odd count
-    pairs = [(y[a] + y[b]).abs().max() < 1e-6 for a, b in itertools.combinations(range(5), 2)]
-    assert sum(pairs) == 2
-    for draw in y:   # each by itself: mean 0 and the posterior's std, within five standard errors
-        assert (draw.mean(0).abs() < 5 * log_std[0].exp() / 20_000 ** 0.5).all()
-        assert ((draw.std(0) / log_std[0].exp() - 1).abs() < 5 / 40_000 ** 0.5).all()
+def test_targets_are_fair_draws_and_their_mirror_images():
+    y = half_of_targets(torch.tensor([[0.0, math.log(0.5)]]).expand(20_000, 2), 5)
+    assert y.shape == (3, 20_000, 2)
+    for draw in y:   # mean 0 and the posterior's std, within five standard errors
+        assert (draw.mean(0).abs() < 5 * torch.tensor([1, 0.5]) / 20_000 ** 0.5).all()
+        assert ((draw.std(0) / torch.tensor([1, 0.5]) - 1).abs() < 5 / 40_000 ** 0.5).all()
+    x, y = torch.randn(4, 3, 7), torch.randn(6, 3, 7)
+    torch.testing.assert_close(energy_score(x, y, 0.7, mirrored=True), energy_score(x, torch.cat([y, -y]), 0.7))
 
 
 def test_energy_loss_memory_grows_little_with_the_targets():
