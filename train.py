@@ -294,7 +294,7 @@ class Progress:
         shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
         if self.peak:
             entry["mfu"] = speed * self.cost / (self.peak * self.world.size)
-            entry["memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+            entry["memory_gb"] = peak_memory_gb(self.world.device)
             shown["mfu"] = f"{entry['mfu']:.0%}"
         self.bar.set_postfix(shown)
         if metrics:
@@ -431,6 +431,13 @@ def median_seconds(function, device, seconds):
     return statistics.median(times[1:])
 
 
+def peak_memory_gb(device):
+    """The most that was allocated on a CUDA device so far, elsewhere by the whole process (0 on Windows, which does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20) if resource else 0.0
+
+
 def bench(args, world):
     """Speed and memory of one configuration: a training step and its parts, then generation by CALM and by AR."""
     device, K, config = world.device, args.chunk_size, config_of(TrainConfig, args, "calm")
@@ -444,12 +451,9 @@ def bench(args, world):
     step = median_seconds(lambda: train_step(compute, [tokens], 1, optimizers, scaler, config.grad_clip, world), device,
                           args.bench)
     speed = P * K / step
+    memory, mfu = peak_memory_gb(device), None
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**30
         mfu = speed * flops_per_token(c, autoencoder.config)["train"] / peak_flops(device, world.dtype)
-    else:
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        memory, mfu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, None   # of the whole process
 
     def part(forward):
         """Median time of a part of the step, its backward pass included, as a share of the step."""
@@ -472,7 +476,7 @@ def bench(args, world):
         with autocast(device, world.dtype):
             return batch * new / median_seconds(write, device, args.bench)
 
-    new = (args.block_size - 2) * K if args.block_size < 64 else 62 * K   # within the context
+    new = max(1, min(args.block_size, 64) - 2) * K   # after a prompt of 2 chunks, within the context
     ar = cast_matrices(AR(config_of(ARConfig, args, "ar", block_size=args.block_size * K)).to(device).eval(), world.dtype)
     cast_matrices(model.eval(), world.dtype)
     made = {"calm_T1": tokens_per_s(model, new), "calm_T0.5": tokens_per_s(model, new // 4, 0.5), "ar_T1": tokens_per_s(ar, new),
