@@ -31,14 +31,16 @@ class AutoencoderConfig:
     n_embd: int = 512          # H: width
     n_ff: int = 1280           # width of the SwiGLU
     n_layer: int = 2           # blocks a side: the first half sees single tokens, the second half the whole chunk
-    dropout: float = 0.15      # of latent dimensions, and of input tokens
+    dropout: float = 0.15      # of latent dimensions
     kl_weight: float = 1e-3    # beta: of the KL term
     kl_clip: float = 0.5       # nats a dimension below which the KL term does not push: no dimension collapses
+    token_mask: float = 0.15   # share of input tokens that are masked
 
     def __post_init__(self):
         check_sizes(self)
-        if not 0 <= self.dropout < 1:
-            fail(f"dropout must be in [0, 1), not {self.dropout}")
+        for name, most in (("dropout", 1), ("token_mask", 1), ("kl_weight", float("inf")), ("kl_clip", float("inf"))):
+            if not 0 <= getattr(self, name) < most:
+                fail(f"{name} must be in [0, {most}), not {getattr(self, name)}")
 
 
 def check_sizes(config):
@@ -84,7 +86,7 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         K, H = config.chunk_size, config.n_embd
-        self.mask_prob = config.dropout
+        self.mask_prob = config.token_mask
         self.embed = nn.Embedding(config.vocab_size, H)
         self.token_blocks = nn.Sequential(*[ResidualBlock(config) for _ in range(config.n_layer // 2)])
         self.squeeze = nn.Linear(K * H, H)

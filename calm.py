@@ -14,9 +14,12 @@ A training step in five lines:
 Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, L latent size, N head samples,
 M target samples, P positions (B and T flattened). tokens (B, T*K), h (B, T, D), z (..., L).
 """
+import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -41,12 +44,16 @@ class CALMConfig:
     num_samples: int = 8           # N: head samples a position
     num_targets: int = 100         # M: target samples a position
     alpha: float = 1.0             # exponent of the energy score, in (0, 2)
-    input_mode: str = "discrete"   # what the Transformer reads: discrete (token embeddings), continuous (latents), both
-    head: str = "energy"           # generative head
+    input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # what the Transformer reads: embeddings, latents
+    head: Literal["energy", "flow", "diffusion"] = "energy"   # generative head
+    num_evals: int = 0             # network evaluations a sample; 0: the paper's, 1 (energy), 20 (flow) or 100 (diffusion)
     aux_weight: float = 0.0        # departure from the paper: weight of a next-chunk cross-entropy read from h; unused at inference
 
     def __post_init__(self):
+        self.num_evals = self.num_evals or {"energy": 1, "flow": 20, "diffusion": 100}[self.head]
         check_heads(self)
+        if self.head == "energy" and self.num_evals > 1 or self.head == "flow" and self.num_evals % 2 or self.num_evals > 1000:
+            fail(f"num_evals {self.num_evals}: the energy head takes 1, flow an even number (midpoint steps), diffusion up to 1000")
         if self.num_samples < 2:
             fail(f"num_samples must be at least 2 (the energy score compares samples), not {self.num_samples}")
         if not 0 < self.alpha < 2:
@@ -76,8 +83,8 @@ def check_heads(config):
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, head_dim): the half-rotation layout."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)   # (hs/2,)
-    angle = torch.outer(torch.arange(positions).float(), frequency)           # (T, hs/2)
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)   # (hs/2,)
+    angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)           # (T, hs/2)
     angle = torch.cat([angle, angle], dim=-1)                                 # (T, hs)
     return angle.cos(), angle.sin()
 
@@ -214,10 +221,13 @@ class EnergyHead(nn.Module):
         self.out1 = nn.Linear(D, D)
         self.out2 = nn.Linear(D, config.latent_dim)
 
-    def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L). `noise` (n, ..., n_noise): default U[-0.5, 0.5]."""
+    def start_at_zero(self):
+        nn.init.zeros_(self.out2.weight)   # the first samples are all zero, and so are their gradients into h
+
+    def sample(self, h, n, noise=None, noise_scale=1.0):
+        """n samples given h (..., D) -> z (n, ..., L). `noise` (n, ..., n_noise): default U[-0.5, 0.5] * noise_scale."""
         if noise is None:
-            noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5
+            noise = noise_scale * (torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5)
         x = self.noise_norm(self.noise_embed(noise))                          # (n, ..., D)
         c = self.context_norm(self.context_embed(h))                          # (..., D)
         for block in self.blocks:
@@ -267,6 +277,146 @@ def energy_score(x, y, alpha=1.0, mirrored=False):
         return 2 * to_targets - to_each_other
 
 
+# --- Two heads that take many steps (section 3.2, figure 8): noise is carried to z by a network of the time t ---------
+
+class AdaLNBlock(nn.Module):
+    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), where the condition y gives shift, scale and gate."""
+    def __init__(self, D):
+        super().__init__()
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
+
+    def forward(self, x, y):
+        shift, scale, gate = self.modulation(y).chunk(3, dim=-1)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+class TimeNet(nn.Module):
+    """(x_t, t, h) -> `out` numbers: the network of both heads, the design of MAR's diffusion head (Li et al., 2024)."""
+    def __init__(self, config, out):
+        super().__init__()
+        D = config.n_embd
+        self.time_embed = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.context_embed = nn.Linear(D, D)
+        self.input = nn.Linear(config.latent_dim, D)
+        self.blocks = nn.ModuleList([AdaLNBlock(D) for _ in range(config.n_head_layer)])
+        self.out_norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
+        self.out_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+        self.out = nn.Linear(D, out)
+
+    def start_at_zero(self):
+        """At first no block does anything, and the output is zero."""
+        for layer in (*(block.modulation[1] for block in self.blocks), self.out_modulation[1], self.out):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x, t, h):
+        """x (..., L), t (...) in 0 .. 999, h (..., D) -> (..., out), in float32"""
+        frequency = 10000.0 ** (-torch.arange(128, device=x.device) / 128)
+        angle = t[..., None] * frequency                                      # (..., 128)
+        y = self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1)) + self.context_embed(h)
+        x = self.input(x)
+        for block in self.blocks:
+            x = block(x, y)
+        shift, scale = self.out_modulation(y).chunk(2, dim=-1)
+        return self.out(self.out_norm(x) * (1 + scale) + shift).float()
+
+
+class FlowHead(TimeNet):
+    """Flow matching: a velocity that carries noise x_0 to z along the straight line x_t = (1 - t) x_0 + t z."""
+    def __init__(self, config):
+        super().__init__(config, config.latent_dim)
+        self.config = config
+
+    def velocity(self, x, t, h):
+        return self(x, (1000 * t).floor(), h)   # the network counts time in thousandths, as the authors' does
+
+    def loss(self, h, mean, log_std):
+        """Squared error of the velocity z - x_0 at N random times of each position, averaged over dimensions -> (P,)."""
+        N, P, device = self.config.num_samples, len(h), h.device
+        z = mean + log_std.exp() * torch.randn(N, *mean.shape, device=device)  # (N, P, L)
+        noise, t = torch.randn_like(z), torch.rand(N, P, device=device)
+        x_t = torch.lerp(noise, z, t[..., None])
+        return (self.velocity(x_t, t, h) - (z - noise)).square().mean(-1).mean(0)
+
+    def sample(self, h, n, noise=None, noise_scale=1.0):
+        """n samples given h (..., D) -> z (n, ..., L), by num_evals / 2 midpoint steps. `noise` (n, ..., L): default N(0, 1)."""
+        x = noise_scale * torch.randn(n, *h.shape[:-1], self.config.latent_dim, device=h.device) if noise is None else noise
+        times = torch.linspace(0, 1, self.config.num_evals // 2 + 1, device=h.device)
+        for t, step in zip(times[:-1], times.diff()):
+            middle = x + step / 2 * self.velocity(x, t.expand(x.shape[:-1]), h)
+            x = x + step * self.velocity(middle, (t + step / 2).expand(x.shape[:-1]), h)
+        return x
+
+
+class DiffusionHead(TimeNet):
+    """Diffusion: undo, step by step, the noise of x_t = sqrt(a_t) z + sqrt(1 - a_t) noise, t = 0 .. 999.
+
+    The network predicts the noise and, between two bounds, the log-variance of each step (Nichol and Dhariwal, 2021)."""
+    def __init__(self, config):
+        super().__init__(config, 2 * config.latent_dim)
+        self.config = config
+        schedule = (torch.arange(1001, dtype=torch.float64, device="cpu") / 1000 + 0.008) / 1.008 * math.pi / 2
+        beta = (1 - schedule[1:].cos() ** 2 / schedule[:-1].cos() ** 2).clamp_max(0.999)   # the cosine schedule
+        self.a = (1 - beta).cumprod(0)                                        # (1000,): how much of z is left
+        self.register_buffer("table", self.coefficients(self.a), persistent=False)
+
+    @staticmethod
+    def coefficients(a):
+        """Of each step t with a_t (steps,), as rows: sqrt(a), sqrt(1 - a), the weights of z and x_t in the mean of
+        q(x_{t-1} | x_t, z), the log-variance of q(x_{t-1} | x_t, z) and of q(x_t | x_{t-1})."""
+        before = F.pad(a[:-1], (1, 0), value=1.0)                             # a_{t-1}
+        beta = 1 - a / before
+        variance = beta * (1 - before) / (1 - a)
+        variance[0] = variance[min(1, len(a) - 1)] or beta[0]                 # the last step's is 0: it has no logarithm
+        return torch.stack([a.sqrt(), (1 - a).sqrt(), before.sqrt() * beta / (1 - a), (1 - beta).sqrt() * (1 - before) / (1 - a),
+                            variance.log(), beta.log()]).float()
+
+    def step_back(self, x_t, z, v, row):
+        """p(x_{t-1} | x_t) -> mean, log-variance; `row` of the coefficients, (6, ..., 1)."""
+        frac = (v + 1) / 2
+        return row[2] * z + row[3] * x_t, frac * row[5] + (1 - frac) * row[4]
+
+    def terms(self, z, noise, t, h):
+        """The two parts of the loss (...) at times t (...): the squared error of the noise, and the bits of the step back,
+        through which only the variance learns."""
+        row = self.table[:, t][..., None]                                     # (6, ..., 1)
+        x_t = row[0] * z + row[1] * noise
+        predicted, v = self(x_t, t, h).chunk(2, dim=-1)
+        true_mean = row[2] * z + row[3] * x_t
+        z_predicted = (x_t - row[1] * predicted.detach()) / row[0]
+        mean, log_var = self.step_back(x_t, z_predicted, v, row)
+        kl = (log_var - row[4] - 1 + (row[4] - log_var).exp() + (true_mean - mean) ** 2 * (-log_var).exp()) / 2
+        # The last step (t = 0) is scored by the density of z itself.
+        nll = (math.log(2 * math.pi) + log_var + (z - mean) ** 2 * (-log_var).exp()) / 2
+        bits = torch.where((t == 0)[..., None], nll, kl).mean(-1) / math.log(2)
+        return (noise - predicted).square().mean(-1), bits
+
+    def loss(self, h, mean, log_std):
+        """Both terms at N random times of each position -> (P,)."""
+        N, P, device = self.config.num_samples, len(h), h.device
+        z = mean + log_std.exp() * torch.randn(N, *mean.shape, device=device)  # (N, P, L)
+        t = torch.randint(1000, (N, P), device=device)
+        return sum(self.terms(z, torch.randn_like(z), t, h)).mean(0)
+
+    def sample(self, h, n, noise=None, noise_scale=1.0):
+        """n samples given h (..., D) -> z (n, ..., L), by num_evals steps spread over the 1000. `noise` (n, ..., L)."""
+        x = noise_scale * torch.randn(n, *h.shape[:-1], self.config.latent_dim, device=h.device) if noise is None else noise
+        times = torch.linspace(999, 0, self.config.num_evals).round().long().flip(0)
+        table = self.coefficients(self.a[times]).to(h.device)
+        for i in reversed(range(len(times))):
+            row, t = table[:, i], times[i].to(h.device)
+            predicted, v = self(x, t.expand(x.shape[:-1]), h).chunk(2, dim=-1)
+            z = ((x - row[1] * predicted) / row[0]).clamp(-10, 10)            # at t = 999 row[0] is 5e-5: no vector lies so far out
+            x, log_var = self.step_back(x, z, v, row)
+            if i:
+                x = x + noise_scale * (log_var / 2).exp() * torch.randn_like(x)
+        return x
+
+
+HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
+
+
 # --- Temperature without likelihoods (section 5) ----------------------------------------------------------------------
 
 def temperature_batch(samples, temperature):
@@ -274,17 +424,68 @@ def temperature_batch(samples, temperature):
 
     samples (N, batch, K), temperature in (0, 1] -> tokens (batch, K).
     With s = 1/T = n, a chunk seen c times has C(c, n) ways of being drawn n times running, which is what P^n weighs. If
-    no chunk was seen n times, the algorithm tries n - 1, n - 2, ...: that is, n is cut to the largest count. Each of a
-    chunk's c copies carries C(c, s) / c, so that drawing a copy draws the chunk; C is taken through the Gamma function.
+    no chunk was seen n times, the algorithm tries n - 1, n - 2, ...: that is, s is cut to the largest count. For any T, C
+    is taken through the Gamma function: C(c, s) = G(c+1) / (G(s+1) G(c-s+1)) grows as c^s / G(s+1), and c / N goes to P, so
+    the choice goes to P^s as N grows. Each of a chunk's c copies carries C(c, s) / c: drawing a copy draws the chunk.
     """
-    N, batch, _ = samples.shape
-    same = (samples[:, None] == samples[None]).all(-1)                        # (N, N, batch)
-    count = same.sum(0).float()                                               # c of each copy's chunk, (N, batch)
+    count = counts(samples).float()                                           # c of each copy's chunk, (N, batch)
     s = count.amax(0).clamp_max(1 / temperature)                              # (batch,)
     log_ways = (count + 1).lgamma() - (s + 1).lgamma() - (count - s + 1).lgamma() - count.log()
-    log_ways = log_ways.masked_fill(count < s, -math.inf)
+    log_ways = log_ways.masked_fill(count < s.floor(), -math.inf)
     pick = torch.multinomial(log_ways.softmax(0).T, 1).squeeze(1)             # (batch,)
-    return samples[pick, torch.arange(batch, device=samples.device)]
+    return samples[pick, torch.arange(samples.shape[1], device=samples.device)]
+
+
+def counts(samples):
+    """How often the chunk of each sample occurs among the N of its row: (N, batch, K) -> (N, batch)."""
+    key = samples[..., 0].T.contiguous()
+    for k in range(1, samples.shape[2]):
+        key = key * 1_000_003 + samples[..., k].T                             # chunks compare by a 64-bit hash, (batch, N)
+    ordered = key.sort(dim=-1).values
+    return (torch.searchsorted(ordered, key, right=True) - torch.searchsorted(ordered, key)).T
+
+
+def temperature_exact(draw, batch, temperature, max_calls=10_000):
+    """Algorithm 1: draw exactly from P^(1/T) / Z with nothing but a sampler of P.
+
+    draw(n) -> n samples of each row (n, batch, K); temperature in (0, 1) -> tokens (batch, K), sampler calls (batch,).
+    1/T = n + a. n equal samples in a row are a draw from P^n. To weigh it by P^a too, sample on: at sample i accept if it is
+    the same chunk again, else start over with probability a/i. Every row walks through its own samples at its own pace. One
+    that is not done after max_calls takes Algorithm 2's choice of 200 more: it is told by calls > max_calls.
+    """
+    n = math.floor(1 / temperature)
+    a = 1 / temperature - n
+    samples = draw(n)
+    candidate = chosen = torch.zeros_like(samples[0])                         # (batch, K)
+    calls, age, agreed, done = (torch.full((batch,), start, device=chosen.device) for start in (0, 0, True, False))
+    while True:
+        for x in samples:
+            active = ~done & (calls < max_calls)
+            calls, age = calls + active, age + 1                              # age: samples in this attempt
+            candidate = torch.where((age == 1)[:, None], x, candidate)
+            equal = (x == candidate).all(-1)
+            agreed = (agreed | (age == 1)) & equal
+            i = age - n                                                       # above 0 in the second part
+            accept = active & ((i > 0) & equal if a else (i == 0) & agreed)
+            start_over = (i == 0) & ~agreed | (i > 0) & ~equal & (torch.rand(batch, device=x.device) < a / i)
+            chosen, done = torch.where(accept[:, None], candidate, chosen), done | accept
+            age = age.masked_fill(start_over, 0)
+        if (done | (calls >= max_calls)).all():
+            break
+        samples = draw(min(2 * len(samples), 256))   # fewer, larger calls for the rows that need many
+    if not done.all():
+        chosen = torch.where(done[:, None], chosen, temperature_batch(draw(200), temperature))
+        calls = calls + 200 * ~done
+    return chosen, calls
+
+
+def expected_calls(samples, temperature):
+    """Theorem 2: what a draw by Algorithm 1 costs, (n + 1[a > 0] sum_x P(x)^(s-1)) / sum_x P(x)^s with s = 1/T = n + a, if
+    P is how often each chunk occurs in samples (N, batch, K) -> (batch,). Chunks too rare to occur twice cost more."""
+    s = 1 / temperature
+    p = counts(samples).double() / len(samples)                               # of each copy: 1/p of them make a chunk's sum
+    second = (p ** (s - 2)).mean(0) if s % 1 else 0
+    return (math.floor(s) + second) / (p ** (s - 1)).mean(0)
 
 
 # --- The two models ---------------------------------------------------------------------------------------------------
@@ -306,13 +507,13 @@ class CALM(nn.Module):
         if c.input_mode in ("continuous", "both"):
             self.latent_in = nn.Linear(c.latent_dim, D)
         self.transformer = Transformer(c)
-        self.head = EnergyHead(c)
+        self.head = HEADS[c.head](c)
         if c.aux_weight:
             self.aux = nn.Linear(D, K * c.vocab_size)
         for module in self.children():
             if module is not self.autoencoder:
                 module.apply(init_weights)
-        nn.init.zeros_(self.head.out2.weight)   # the first samples are all zero, and so are their gradients into h
+        self.head.start_at_zero()
 
     def train(self, mode=True):
         super().train(mode)
@@ -340,27 +541,38 @@ class CALM(nn.Module):
         targets = chunks[:, 1:].flatten(0, 1)                                 # (P, K)
         with torch.no_grad():
             mean, log_std = (v.float() for v in self.autoencoder.encode(targets))
-        energy = self.head.loss(h, mean, log_std).mean()
-        loss, metrics = energy, {"energy": energy.detach()}
+        loss = self.head.loss(h, mean, log_std).mean()
+        metrics = {self.config.head: loss.detach()}
         if self.config.aux_weight:
             logits = self.aux(h).unflatten(-1, (self.chunk_size, -1)).float()  # (P, K, V)
             aux = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-            loss, metrics["aux"] = energy + self.config.aux_weight * aux, aux.detach()
+            loss, metrics["aux"] = loss + self.config.aux_weight * aux, aux.detach()
         return loss, {"loss": loss.detach(), **metrics}
 
-    def sample_chunks(self, h, n):
-        """n next chunks given h (..., D) -> tokens (n, ..., K). Decoded in slices: of the logits only the argmax is kept."""
-        z = self.head.sample(h, n)                                            # (n, ..., L)
+    def sample_chunks(self, h, n, noise_scale=1.0):
+        """n next chunks given h (..., D) -> tokens (n, ..., K). In slices; of the logits only the argmax is kept."""
+        at_once = max(1, 2 ** 14 * h.shape[-1] // h.numel())
+        z = torch.cat([self.head.sample(h, min(at_once, n - i), noise_scale=noise_scale) for i in range(0, n, at_once)])
         slice_size = 2 ** (27 if z.is_cuda else 23)   # logits at a time: on a CPU, what its cache holds
         rows = max(1, slice_size // (self.chunk_size * self.config.vocab_size))
         tokens = [self.autoencoder.decode(part).max(-1).indices for part in z.flatten(0, -2).split(rows)]   # argmax: slower
         return torch.cat(tokens).view(*z.shape[:-1], self.chunk_size)
 
-    def draw(self, h, temperature=1.0, num_candidates=200):
-        """One next chunk for each h (B, D) -> tokens (B, K)."""
+    def draw(self, h, temperature=1.0, n=1, num_candidates=200, noise_scale=1.0, sampler="batch", max_calls=10_000, calls=None):
+        """n next chunks for each h (B, D) at a temperature (section 5) -> tokens (n, B, K).
+
+        sampler: "batch" (Algorithm 2 on num_candidates) or "exact" (Algorithm 1, which adds the calls it used, (n * B,), to the
+        list `calls`). noise_scale below 1 shrinks the head's noise, a heuristic in place of a temperature."""
         if temperature == 1:
-            return self.sample_chunks(h, 1)[0]
-        return temperature_batch(self.sample_chunks(h, num_candidates), temperature)
+            return self.sample_chunks(h, n, noise_scale)
+        rows, K = n * len(h), self.chunk_size
+        if sampler == "batch":
+            return temperature_batch(self.sample_chunks(h, num_candidates * n, noise_scale).view(-1, rows, K), temperature).view(n, -1, K)
+        tokens, used = temperature_exact(lambda count: self.sample_chunks(h, count * n, noise_scale).view(count, rows, K),
+                                         rows, temperature, max_calls)
+        if calls is not None:
+            calls.append(used)
+        return tokens.view(n, -1, K)
 
 
 class AR(nn.Module):
@@ -383,9 +595,13 @@ class AR(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return loss, {"loss": loss.detach()}
 
-    def draw(self, h, temperature=1.0, num_candidates=None):
-        """One next token for each h (B, D) -> tokens (B, 1), by softmax temperature."""
-        return torch.multinomial((self.lm_head(h).float() / temperature).softmax(-1), 1)
+    def probabilities(self, h, temperature=1.0):
+        """Of the next token given h (..., D) -> (..., V), by softmax temperature."""
+        return (self.lm_head(h).float() / temperature).softmax(-1)
+
+    def draw(self, h, temperature=1.0, n=1, **unused):
+        """n next tokens for each h (B, D) -> tokens (n, B, 1). A softmax needs none of CALM's other arguments."""
+        return torch.multinomial(self.probabilities(h, temperature), n, replacement=True).T[..., None]
 
 
 # --- Generation -------------------------------------------------------------------------------------------------------
@@ -400,16 +616,17 @@ def pad_front(prompt, chunk_size, eot):
 
 
 @torch.inference_mode()
-def stream(model, prompt, max_new_tokens, temperature=1.0, num_candidates=200, eot=None, cache=None, compiled=False):
+def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, cache=None, compiled=False, **sampling):
     """Continue prompt (B, P) of any length, P = 0 included; yields tokens (B, K) as they are drawn (AR: K = 1).
 
     After a sequence's first end-of-text it yields only that token; when all sequences have ended it stops. A text that
     outgrows the context goes on with the last half of it, encoded anew. cache: one of an earlier call with the same B, to
-    use again. compiled: one compiled step of constant shapes (a CUDA graph on CUDA), which pays for long texts.
+    use again. compiled: one compiled step of constant shapes (a CUDA graph on CUDA), which pays for long texts. sampling:
+    the other arguments of `CALM.draw`.
     """
     if not 0 < temperature <= 1:
         raise ValueError(f"temperature {temperature} is not in (0, 1]")
-    if temperature < 1 and num_candidates < 1 / temperature:
+    if temperature < 1 and sampling.get("num_candidates", math.inf) < 1 / temperature:
         raise ValueError(f"temperature {temperature} needs at least {math.ceil(1 / temperature)} candidates")
     K, context = model.chunk_size, model.config.block_size
     text = pad_front(prompt, K, eot)
@@ -418,7 +635,7 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, num_candidates=200, e
 
     def step(tokens, position=None):
         """Read chunks (B, T*K), draw the next one (B, K)."""
-        return model.draw(model.hidden(tokens, cache, position)[:, -1], temperature, num_candidates)
+        return model.draw(model.hidden(tokens, cache, position)[:, -1], temperature, **sampling)[0]
 
     new = step(text)
     if compiled:
@@ -489,13 +706,16 @@ def flops_per_token(config, autoencoder=None):
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
 
-def load_model(out_dir, kind, device="cpu", dtype=torch.float32):
-    """The "calm" or "ar" of a run -> (model in eval mode, checkpoint). Run it under autocast to `dtype`."""
+def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
+    """The "calm" or "ar" of a run -> (model in eval mode, checkpoint). Run it under autocast to `dtype`.
+
+    changes: fields of the config to read otherwise than trained (num_evals)."""
     checkpoint = load_checkpoint(Path(out_dir) / f"{kind}.pt", kind)
+    config = {**checkpoint["config"], **changes}
     if kind == "ar":
-        model = AR(ARConfig(**checkpoint["config"]))
+        model = AR(ARConfig(**config))
     else:
-        model = CALM(CALMConfig(**checkpoint["config"]), Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"])))
+        model = CALM(CALMConfig(**config), Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"])))
     model.load_state_dict(checkpoint["model"])
     return cast_matrices(model.to(device).eval(), dtype), checkpoint
 
@@ -506,3 +726,135 @@ def cast_matrices(model, dtype):
         if isinstance(module, nn.Linear) or name == "autoencoder.encoder.embed":
             module.to(dtype)
     return model
+
+
+# --- The authors' weights: config.json with model.safetensors or pytorch_model.bin ------------------------------------
+
+# our name of a part -> what to replace, in this order, to have the authors'
+OFFICIAL_NAMES = {
+    "embed": {"embed.": "transformer.embed_tokens."},
+    "compress": {"compress": "embed_proj"},
+    "transformer": {"blocks": "layers", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", ".attn.": ".self_attn."},
+    "energy": {"head.": "mlp_generator.", ".blocks": ".mlp_blocks", ".norm.": ".in_ln.", "linear1": "linears.0", "linear2": "linears.2",
+               "linear3": "linears.4", "linear4": "down_proj", "noise_embed": "noise_embd", "noise_norm": "norm_noise",
+               "context_embed": "hidden_embd", "context_norm": "norm_hidden", "out_norm": "final_layer.in_ln",
+               "out1": "final_layer.linears.0", "out2": "final_layer.linears.2"},
+    "flow": {"head.": "generative_head.net.", "time_embed": "time_embed.mlp", "context_embed": "cond_embed", "input": "input_proj",
+             ".blocks": ".res_blocks", ".norm.": ".in_ln.", "out_modulation": "final_layer.modulation", "net.out.": "net.final_layer.linear.",
+             "modulation": "adaLN_modulation"},
+    "autoencoder": {"autoencoder.": "", "embed.": "embed_tokens.", "squeeze": "squeeze_layer", "expand": "expand_layer",
+                    "to_latent": "hidden_to_latent", "from_latent": "latent_to_hidden"},
+}
+
+
+def official_name(name, config, autoencoder_config):
+    """The authors' name of a weight of ours."""
+    part = name.split(".")[0]
+    if part == "autoencoder":   # their blocks count on from the first half to the second
+        half = autoencoder_config.n_layer // 2
+        first = {"encoder": half, "decoder": autoencoder_config.n_layer - half}
+        later = {"encoder": "chunk", "decoder": "token"}
+        name = re.sub(r"(\w+)\.(token|chunk)_blocks\.(\d+)(\.norm)?", lambda m: f"{m[1]}.{m[1]}_layers."
+                      f"{int(m[3]) + (first[m[1]] if m[2] == later[m[1]] else 0)}{'.layernorm' if m[4] else ''}", name)
+    if part == "head":
+        part = "energy" if config.head == "energy" else "flow"
+    for ours, theirs in OFFICIAL_NAMES[part].items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def read_safetensors(path):
+    """{name: tensor}, mapped from the file and not read: 8 bytes are the length of a JSON header, which says where in the
+    raw bytes behind it each tensor lies."""
+    size = path.stat().st_size
+    raw = torch.from_file(str(path), size=size, dtype=torch.uint8)
+    length = int.from_bytes(raw[:8].numpy().tobytes(), "little")
+    header = json.loads(raw[8:8 + length].numpy().tobytes())
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry["dtype"]]
+        begin, before = entry["data_offsets"][0], end
+        end = begin + math.prod(entry["shape"]) * dtype.itemsize
+        if entry["data_offsets"][1] != end or not before <= begin <= end <= size - 8 - length:
+            raise ValueError(f"{name} does not lie where the header says")
+        part = raw[8 + length + begin:8 + length + end]
+        tensors[name] = (part if part.data_ptr() % dtype.itemsize == 0 else part.clone()).view(dtype).view(entry["shape"])
+    return tensors
+
+
+def read_official(folder):
+    """A published directory -> (its config, its tensors by the authors' names)."""
+    try:
+        config, tensors = json.loads((folder / "config.json").read_text()), {}
+        for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
+            tensors |= (read_safetensors(path) if path.suffix == ".safetensors" else
+                        torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+        if not tensors:
+            raise ValueError("no model.safetensors or pytorch_model.bin")
+    except Exception as error:   # whatever is wrong in a file from elsewhere
+        fail(f"{folder} is not a published model, config.json with model.safetensors or pytorch_model.bin "
+             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+    return config, tensors
+
+
+def load_official(folder):
+    """The model in a directory as the authors published it (section 8) -> CALM in eval mode, in float32.
+
+    Its autoencoder is looked for in the same files, then in the directory that config.json calls `ae_path`, then in
+    CALM-Autoencoder beside `folder`. What lies in the files as float32 stays mapped: nothing is copied."""
+    folder = Path(folder)
+    config, tensors = read_official(folder)
+    tied = ("encoder.embed_tokens.weight", "decoder.lm_head_weight")
+    prefix = next((name.removesuffix(end) for end in tied for name in tensors if name.endswith(end)), None)
+    if prefix is None:
+        path = str(config.get("ae_path", ""))
+        places = [Path(path), folder / path, folder.parent / Path(path).name, folder.parent / "CALM-Autoencoder"]
+        place = next((p for p in places if p != folder and (p / "config.json").is_file()), None)
+        if place is None:
+            fail(f"no autoencoder in {folder} or beside it: put the published CALM-Autoencoder at {places[-1]}")
+        tensors |= read_official(place)[1]
+        prefix = ""
+    tensors = {name.removeprefix(prefix) if prefix else name: value for name, value in tensors.items()}
+    embeddings = [tensors.pop(name) for name in tied if name in tensors]
+    if not all(torch.equal(embeddings[0], other) for other in embeddings):
+        fail(f"{folder}: {tied[0]} and {tied[1]} must be the same weights")
+    tensors[tied[0]] = embeddings[0]
+    try:
+        c = CALMConfig(vocab_size=config["vocab_size"], chunk_size=config["patch_size"], latent_dim=config["latent_size"],
+                       n_embd=config["hidden_size"], n_ff=config["intermediate_size"], n_layer=config["num_hidden_layers"],
+                       n_head=config["num_attention_heads"], n_head_layer=config["num_mlp_layers"],
+                       n_noise=config.get("noise_size", 64), num_samples=config.get("num_samples", 8),
+                       block_size=min(2048, config.get("max_position_embeddings", 2048)),   # trained on 2048 chunks
+                       head="energy" if any(name.startswith("mlp_generator.") for name in tensors) else
+                       "flow" if len(tensors["generative_head.net.final_layer.linear.bias"]) == config["latent_size"] else "diffusion")
+        ae = AutoencoderConfig(*embeddings[0].shape[:1], c.chunk_size, c.latent_dim, embeddings[0].shape[1],
+                               len(tensors["encoder.encoder_layers.0.mlp.gate_proj.weight"]),
+                               sum(name.startswith("encoder.encoder_layers.") and name.endswith("layernorm.weight") for name in tensors))
+    except KeyError as error:
+        fail(f"{folder} is not a published CALM: {error} is missing")
+    if config.get("num_key_value_heads", c.n_head) != c.n_head or config.get("rope_theta", 10000) != 10000:
+        fail(f"{folder}: expected num_key_value_heads {c.n_head} and rope_theta 10000, as the authors published")
+    with torch.device("meta"):   # no memory for weights that are replaced
+        model = CALM(c, Autoencoder(ae))
+    state, wrong = {}, []
+    for name, expected in model.state_dict().items():
+        theirs = official_name(name, c, ae)
+        tensor = tensors.pop(theirs, None)
+        if tensor is None:
+            wrong.append(f"{theirs} is missing")
+        elif tensor.shape != expected.shape:
+            wrong.append(f"{theirs} has the shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+        else:
+            state[name] = tensor.float()
+    wrong += [f"{name} is not expected" for name in tensors if not name.endswith("inv_freq")]
+    if wrong:
+        fail(f"{folder} does not hold the published weights: {'; '.join(wrong[:5])}" + (f" and {len(wrong) - 5} more" if wrong[5:] else ""))
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def check_vocabulary(model, tokenizer):
+    """A published model has one id more than its tokenizer: [PAD]."""
+    if model.config.vocab_size - tokenizer.n_vocab not in (0, 1):
+        fail(f"the model has a vocabulary of {model.config.vocab_size:,}, but the tokenizer {tokenizer.name} one of {tokenizer.n_vocab:,}")

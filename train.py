@@ -532,7 +532,7 @@ def finish(model, args, data, world):
     for temperature in (1.0, 0.5):
         torch.manual_seed(args.seed)
         with autocast(world.device, world.dtype):
-            text = generate(model, prompt, 400, temperature, eot=eot_token(data.tokenizer))
+            text = generate(model, prompt, 400, temperature, eot_token(data.tokenizer))
         print(f"--- continued by the model at T = {temperature:g} {'-' * 43}\n{decode(text[0, prompt.shape[1]:])}")
     print(f"{'-' * 80}\nNext:\n  python sample.py --out_dir {args.out_dir} --model {args.model} --temperature 0.5 --start 'def main('")
     if args.model == "calm":

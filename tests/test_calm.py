@@ -11,9 +11,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import (AR, CALM, ARConfig, CALMConfig, KVCache, distances, energy_score, flops_per_token, generate, half_of_targets,
-                  pad_front, stream, temperature_batch)
-from eval_brier import brier_by_rollout, brier_ngram, brierlm
+from calm import (AR, CALM, HEADS, ARConfig, CALMConfig, KVCache, counts, distances, energy_score, expected_calls, flops_per_token,
+                  generate, half_of_targets, pad_front, stream, temperature_batch, temperature_exact)
+from eval_brier import brier_ngram, brierlm, score_by_rollout, variety
 
 V, EOT = 16, 15
 
@@ -150,6 +150,21 @@ def test_batch_sampling_has_the_law_of_algorithm_2():
     assert abs(frequencies(p, N, 0.5, batch)[0] - law) < 5 * math.sqrt(law * (1 - law) / batch)
 
 
+@pytest.mark.parametrize("temperature", [0.9, 0.7, 0.5, 0.4])
+def test_batch_sampling_converges_at_any_temperature(temperature):
+    torch.manual_seed(0)
+    p = 1 / torch.arange(1, 21).double()
+    p /= p.sum()
+    power = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+    distance = [(frequencies(p, N, temperature, 1000, repeats=20) - power).abs().sum().item() / 2 for N in (5, 2000)]
+    assert distance[1] < 0.02 and distance[1] < distance[0]   # 20,000 draws of 20 outcomes: sampling error is about 0.01
+
+
+def test_counts_are_how_often_a_chunk_occurs():
+    samples = torch.randint(3, (50, 7, 4))
+    assert torch.equal(counts(samples), (samples[:, None] == samples[None]).all(-1).sum(0))
+
+
 def test_batch_sampling_falls_back_to_smaller_orders():
     samples = torch.tensor([[1, 1], [2, 2], [1, 1], [3, 3]])[:, None]         # no chunk four times, one twice
     assert all(temperature_batch(samples, 0.25).tolist() == [[1, 1]] for _ in range(20))
@@ -158,11 +173,72 @@ def test_batch_sampling_falls_back_to_smaller_orders():
     assert (counts - 500).abs().max() < 5 * math.sqrt(2000 * 0.25 * 0.75)
 
 
+def exact_draws(p, temperature, batch, max_calls=10_000):
+    return temperature_exact(lambda n: draw_chunks(p, n, batch), batch, temperature, max_calls)
+
+
+def theorem_2(p, temperature):
+    """Expected calls of Algorithm 1."""
+    s = 1 / temperature
+    return (math.floor(s) + ((p ** (s - 1)).sum() if s % 1 else 0)) / (p ** s).sum()
+
+
+@pytest.mark.parametrize("outcomes", [10, 1000])
+@pytest.mark.parametrize("temperature", [0.9, 0.75, 0.5, 0.4, 1 / 3])
+def test_exact_sampling_draws_from_the_power_of_the_distribution(temperature, outcomes):
+    torch.manual_seed(0)
+    batch, p = 3000, 1 / torch.arange(1, outcomes + 1).double()
+    p /= p.sum()
+    tokens, calls = exact_draws(p, temperature, batch, max_calls=10**6)
+    expected = batch * p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+    seen = tokens[:, 0].bincount(minlength=outcomes).double()
+    often = expected >= 10                                                    # the rare ones are one class
+    expected, seen = (torch.cat([x[often], x[~often].sum()[None]]) for x in (expected, seen))
+    classes = expected > 0
+    chi2 = ((seen - expected) ** 2 / expected)[classes].sum()
+    assert torch.special.gammaincc((classes.sum() - 1) / 2, chi2 / 2) > 1e-5  # the p-value
+    assert abs(calls.double().mean() - theorem_2(p, temperature)) < 5 * calls.double().std() / batch ** 0.5
+
+
+def test_exact_sampling_hands_over_to_batch_sampling_past_its_cap():
+    torch.manual_seed(0)
+    p = torch.full((200,), 1 / 200).double()
+    tokens, calls = exact_draws(p, 0.25, 100, max_calls=50)
+    assert tokens.shape == (100, 2) and (calls == 50 + 200).all()             # Theorem 2 expects 32 million
+    assert (exact_draws(torch.tensor([0.5, 0.5]).double(), 0.5, 100, max_calls=50)[1] < 50).all()
+
+
+@pytest.mark.parametrize("temperature", [0.75, 0.5])
+def test_expected_calls_are_those_of_theorem_2(temperature):
+    torch.manual_seed(0)
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
+    found = expected_calls(draw_chunks(p, 2000, 200), temperature)            # (200,)
+    assert abs(found.mean() / theorem_2(p, temperature) - 1) < 0.01
+
+
+def test_both_samplers_of_a_model_agree():
+    """CALM.draw by Algorithms 1 and 2 at T = 0.7: the same frequencies of the first token, within noise."""
+    torch.manual_seed(0)
+    model = tiny_calm(K=1)
+    h = torch.randn(32).expand(2000, -1)
+    with torch.no_grad():
+        found = [model.draw(h, 0.7, **how)[0, :, 0].bincount(minlength=V) / 2000
+                 for how in (dict(sampler="exact"), dict(num_candidates=300))]
+    assert (found[0] - found[1]).abs().max() < 5 * (0.25 * 2 / 2000) ** 0.5 and found[0].max() < 0.9
+
+
+def test_noise_scale_zero_leaves_no_choice():
+    model, h = tiny_calm(), torch.randn(3, 32)
+    with torch.no_grad():
+        assert (model.draw(h, n=20, noise_scale=0.0) == model.draw(h, noise_scale=0.0)).all()
+        assert not (model.draw(h, n=20) == model.draw(h)).all()
+
+
 def test_ar_temperature_sharpens_the_softmax():
     model = tiny_ar()
     h = torch.randn(1, 32).expand(100_000, -1)
     p = (model.lm_head(h[0]).detach() / 0.5).softmax(-1)
-    found = model.draw(h, 0.5)[:, 0].bincount(minlength=V) / len(h)
+    found = model.draw(h, 0.5)[0, :, 0].bincount(minlength=V) / len(h)
     assert ((found - p).abs() < 5 * (p * (1 - p) / len(h)).sqrt() + 1e-6).all()
 
 
@@ -193,7 +269,8 @@ def test_ar_rollout_gives_the_exact_brier_scores():
     torch.manual_seed(0)
     model, rows = tiny_ar(vocab_size=3), 4000
     window = torch.randint(3, (1, 8))
-    found = brier_by_rollout(model, window.expand(rows, -1), stride=4, S=2)[:, 0].double()   # n-grams from token 4 on
+    hit, same = score_by_rollout(model, window.expand(rows, -1), stride=4, S=2)[:, :, 0].double()
+    found = 2 * hit - same   # n-grams from token 4 on
     ways = torch.tensor(list(itertools.product(range(3), repeat=4)))          # every continuation of the first 4 tokens
     texts = torch.cat([window[:, :4].expand(81, -1), ways], dim=1)
     p = model.lm_head(model.hidden(texts[:, :-1])).softmax(-1)[:, 3:].gather(-1, ways[..., None])[..., 0].cumprod(-1).double()
@@ -213,7 +290,8 @@ def test_calm_rollout_agrees_with_pairs_of_whole_rollouts(K, S):
     window = torch.randint(V, (1, start + steps * K)).expand(rows, -1)
     pair = torch.stack([generate(model, window[:, :start], steps * K)[:, start:] for _ in range(2)])
     direct = brier_ngram(pair, window[:, start:]).double()
-    found = brier_by_rollout(model, window, stride=start, S=S)[:, 0].double()
+    hit, same = score_by_rollout(model, window, stride=start, S=S)[:, :, 0].double()
+    found = 2 * hit - same
     error = (direct.var(0) / rows + found.var(0) / rows).sqrt()
     assert ((direct.mean(0) - found.mean(0)).abs() < 5 * error + 1e-3).all()
     assert 0.05 < pair[0, :, 0].eq(pair[1, :, 0]).double().mean() < 0.95     # else the claim would say little
@@ -223,6 +301,50 @@ def test_brierlm_is_the_geometric_mean_and_zero_below_zero():
     import numpy as np
     assert brierlm(np.array([0.4, 0.2, 0.1, 0.05])) == pytest.approx(100 * (0.4 * 0.2 * 0.1 * 0.05) ** 0.25)
     assert brierlm(np.array([0.4, 0.2, 0.1, -0.05])) == 0
+
+
+def test_variety_counts_different_and_equal_ngrams():
+    texts = torch.tensor([[0, 1, 0, 1, 0, 1], [2, 2, 2, 2, 2, 2]])
+    found = variety(texts)
+    assert found["distinct"] == [3 / 12, 3 / 10, 3 / 8, 3 / 6]                # 01, 10, 22; 010, 101, 222; ...
+    assert found["collision"][0] == pytest.approx((3 * 2 + 3 * 2 + 6 * 5) / (12 * 11))
+
+
+# --- Every head, every input ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_learns_the_distribution_it_is_given(kind):
+    """Two contexts, with targets around (2, -1) and (-2, 1): after a short training samples lie there, as wide as they should."""
+    torch.manual_seed(0)
+    head = HEADS[kind](CALMConfig(latent_dim=2, n_embd=64, n_head=4, n_head_layer=2, head=kind, num_samples=4, num_targets=20))
+    head.start_at_zero()
+    h, sign = torch.randn(2, 64), torch.tensor([[1.0], [-1.0]])
+    mean, log_std = sign * torch.tensor([2.0, -1.0]), torch.full((2, 2), 0.5).log()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
+    for step in range(500):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 500)
+        optimizer.zero_grad()
+        head.loss(h.repeat(32, 1), mean.repeat(32, 1), log_std.repeat(32, 1)).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        z = head.sample(h, 2000)                                              # (2000, 2, 2)
+    assert (z.mean(0) - mean).abs().max() < 0.2 and (z.std(0) - 0.5).abs().max() < 0.25
+
+
+@pytest.mark.parametrize("kind, evals", [("flow", 2), ("diffusion", 7), ("energy", 1)])
+def test_every_head_trains_and_generates(kind, evals):
+    model = tiny_calm(head=kind, num_evals=evals).train()
+    loss, metrics = model.loss(torch.randint(V, (2, 20)))
+    loss.backward()
+    assert loss.isfinite() and kind in metrics and all(p.grad is not None for p in model.head.parameters())
+    assert generate(model.eval(), torch.randint(V, (2, 4)), 6, eot=EOT).shape == (2, 10)
+
+
+@pytest.mark.parametrize("mode", ["discrete", "continuous", "both"])
+def test_every_input_mode_trains_and_generates(mode):
+    model = tiny_calm(input_mode=mode)
+    model.loss(torch.randint(V, (2, 20)))[0].backward()
+    assert generate(model, torch.randint(V, (2, 4)), 8).shape == (2, 12)
 
 
 # --- Transformer ------------------------------------------------------------------------------------------------------
@@ -263,13 +385,6 @@ def test_the_frozen_autoencoder_gets_no_gradient_and_stays_in_eval_mode():
     assert all(torch.equal(v, before[k]) for k, v in model.autoencoder.state_dict().items())
 
 
-@pytest.mark.parametrize("mode", ["discrete", "continuous", "both"])
-def test_every_input_mode_trains_and_generates(mode):
-    model = tiny_calm(input_mode=mode)
-    model.loss(torch.randint(V, (2, 20)))[0].backward()
-    assert generate(model, torch.randint(V, (2, 4)), 8).shape == (2, 12)
-
-
 # --- Generation -------------------------------------------------------------------------------------------------------
 
 def test_padding_goes_in_front():
@@ -304,7 +419,7 @@ def test_generation_stops_when_every_text_has_ended():
     model = tiny_ar()
     torch.nn.init.zeros_(model.lm_head.weight)
     with torch.no_grad():
-        model.draw = lambda h, *_: torch.full((len(h), 1), EOT)
+        model.draw = lambda h, *_: torch.full((1, len(h), 1), EOT)
     assert len(list(stream(model, torch.randint(V - 1, (2, 4)), 30, eot=EOT))) == 1
 
 
@@ -314,7 +429,7 @@ def test_text_may_outgrow_the_context(make):
     model = make()
     K, context = model.chunk_size, model.config.block_size
     seen = []
-    model.draw = lambda h, *_: seen.append(h) or torch.randint(V, (len(h), K))
+    model.draw = lambda h, *_: seen.append(h) or torch.randint(V, (1, len(h), K))
     text = generate(model, torch.randint(V, (1, K)), (context + 3) * K)
     assert text.shape[1] == (context + 4) * K
     # draw i (from 0) sees i + 1 chunks; draw `context` is the first after the cache was full
@@ -334,7 +449,7 @@ def test_a_compiled_step_writes_the_same_text_from_one_graph(make, temperature, 
     texts = []
     for settings in ({}, {"compiled": True, "cache": cache}, {"compiled": True, "cache": cache}):
         torch.manual_seed(0)
-        texts.append(generate(model, prompt, new, temperature, 20, EOT, **settings))
+        texts.append(generate(model, prompt, new, temperature, EOT, num_candidates=20, **settings))
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
     assert counter.frame_count == 1
 

@@ -1,104 +1,89 @@
 """The authors' modules, in numbers: their weights, inputs and outputs (official.npz) against ours, to 1e-4 relative.
 
-CALM_PARITY names a folder with another official.npz and official.json: other K, other sizes, the same claims.
+CALM_PARITY names a folder with another official.npz and official.json: other K, other sizes, the same claims. The weights
+go through `load_official`, from directories written as the authors publish theirs.
 """
+import base64
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import calm
+import eval_brier
+import sample
 from autoencoder import Autoencoder, AutoencoderConfig, kl_to_normal
-from calm import AR, CALM, ARConfig, CALMConfig, energy_score
+from calm import AR, CALM, ARConfig, CALMConfig, energy_score, load_official, official_name
+from data.prepare import prepare
 from eval_brier import brier_ngram
 
 FOLDER = Path(os.environ.get("CALM_PARITY", Path(__file__).parent))
 SIZES = json.loads((FOLDER / "official.json").read_text())
 with np.load(FOLDER / "official.npz") as arrays:
     OFFICIAL = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-LM, AE = SIZES["lm"], SIZES["ae"]
-
-# their name -> ours, applied in this order
-RENAMES = {
-    "autoencoder": [("encoder.embed_tokens", "encoder.embed"), ("squeeze_layer", "squeeze"), ("expand_layer", "expand"),
-                    ("hidden_to_latent", "to_latent"), ("latent_to_hidden", "from_latent"), ("layernorm", "norm")],
-    "transformer": [("transformer.embed_tokens", "embed"), ("model.embed_tokens", "embed"), ("model.", "transformer."),
-                    (".layers.", ".blocks."), ("self_attn", "attn"), ("input_layernorm", "attn_norm"),
-                    ("post_attention_layernorm", "mlp_norm"), ("embed_proj", "compress")],
-    "energy": [("mlp_generator.", "head."), ("mlp_blocks", "blocks"), ("noise_embd", "noise_embed"), ("norm_noise", "noise_norm"),
-               ("hidden_embd", "context_embed"), ("norm_hidden", "context_norm"), ("final_layer.in_ln", "out_norm"),
-               ("final_layer.linears.0", "out1"), ("final_layer.linears.2", "out2"), ("in_ln", "norm"), ("linears.0", "linear1"),
-               ("linears.2", "linear2"), ("linears.4", "linear3"), ("down_proj", "linear4")],
-}
+HEADS = ("energy", "flow", "diffusion")
 
 
-def renamed(name, *groups):
-    for group in groups:
-        for theirs, ours in RENAMES[group]:
-            name = name.replace(theirs, ours)
-    return name
+def weights(part):
+    return {k.removeprefix(f"{part}.weights/"): v for k, v in OFFICIAL.items() if k.startswith(f"{part}.weights/")}
 
 
-def weights(prefix):
-    return {k.removeprefix(prefix): v for k, v in OFFICIAL.items() if k.startswith(prefix)}
+def write_safetensors(path, tensors):
+    header, parts, end = {"__metadata__": {"format": "pt"}}, [], 0
+    for name, t in tensors.items():
+        raw = t.contiguous().view(torch.uint8).numpy().tobytes()
+        kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[t.dtype]
+        header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [end, end + len(raw)]}
+        parts.append(raw)
+        end += len(raw)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                           # the numbers are aligned
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
+
+
+def publish(folder, tensors, config, form="safetensors"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if form == "safetensors":
+        write_safetensors(folder / "model.safetensors", tensors)
+    else:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def together(head="energy", autoencoder="ae_model."):
+    """The tensors of a published model that has its autoencoder inside, the tied embedding twice."""
+    return weights(head) | {autoencoder + k: v for k, v in weights("autoencoder").items()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published")
+    publish(folder / "CALM-Autoencoder", weights("autoencoder"), SIZES["ae"])
+    return {head: load_official(publish(folder / head, weights(head), SIZES["lm"])) for head in HEADS}
+
+
+def error(ours, theirs):
+    """Largest difference over the largest value."""
+    assert ours.shape == theirs.shape
+    return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
 
 
 def assert_close(ours, theirs):
-    """Largest difference over the largest value: at most 1e-4."""
-    assert ours.shape == theirs.shape
-    error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
-    assert error <= 1e-4, f"relative error {error:.1e}"
-
-
-@pytest.fixture(scope="module")
-def autoencoder():
-    """Their layers count on through squeeze and expand; ours are named for what they see: tokens or the chunk."""
-    encoder_half, decoder_half = AE["num_encoder_layers"] // 2, AE["num_decoder_layers"] // 2
-    state = {}
-    for name, value in weights("autoencoder.weights/").items():
-        if name == "decoder.lm_head_weight":
-            continue   # tied
-        parts = name.split(".")
-        if parts[1] in ("encoder_layers", "decoder_layers"):
-            i, half = int(parts[2]), encoder_half if parts[1] == "encoder_layers" else decoder_half
-            first, second = ("token_blocks", "chunk_blocks") if parts[1] == "encoder_layers" else ("chunk_blocks", "token_blocks")
-            parts[1:3] = [first, str(i)] if i < half else [second, str(i - half)]
-        state[renamed(".".join(parts), "autoencoder")] = value
-    model = Autoencoder(AutoencoderConfig(AE["vocab_size"], AE["patch_size"], AE["latent_size"], AE["hidden_size"],
-                                          AE["intermediate_size"], AE["num_encoder_layers"]))
-    model.load_state_dict(state)   # strict: every weight of theirs has its place
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def calm(autoencoder):
-    config = CALMConfig(vocab_size=LM["vocab_size"], chunk_size=LM["patch_size"], latent_dim=LM["latent_size"],
-                        n_embd=LM["hidden_size"], n_ff=LM["intermediate_size"], n_layer=LM["num_hidden_layers"],
-                        n_head=LM["num_attention_heads"], n_head_layer=LM["num_mlp_layers"], n_noise=LM["noise_size"],
-                        block_size=LM["max_position_embeddings"], num_samples=LM["num_samples"])
-    model = CALM(config, autoencoder)
-    state = {}
-    for name, value in weights("energy.weights/").items():
-        # down_proj is the MLP's last layer in their Transformer, but Linear4 in their head
-        state[renamed(name, *(["energy"] if name.startswith("mlp_generator") else ["transformer"]))] = value
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and all(name.startswith("autoencoder.") for name in missing)
-    return model.eval()
+    assert error(ours, theirs) <= 1e-4
 
 
 @torch.no_grad()
-def test_autoencoder_encodes_as_theirs(autoencoder):
-    mean, log_std = autoencoder.encode(OFFICIAL["input_ids"].unflatten(1, (-1, AE["patch_size"])))
+def test_autoencoder_is_theirs(models):
+    ae = models["energy"].autoencoder
+    mean, log_std = ae.encode(OFFICIAL["input_ids"].unflatten(1, (-1, SIZES["ae"]["patch_size"])))
     assert_close(mean, OFFICIAL["autoencoder.mean"])
     assert_close(log_std, OFFICIAL["autoencoder.log_std"])
-
-
-@torch.no_grad()
-def test_autoencoder_decodes_as_theirs(autoencoder):
-    logits = autoencoder.decode(OFFICIAL["autoencoder.z"])                    # (B, T, K, V)
-    assert_close(logits.flatten(1, 2), OFFICIAL["autoencoder.logits"])
+    assert_close(ae.decode(OFFICIAL["autoencoder.z"]).flatten(1, 2), OFFICIAL["autoencoder.logits"])
 
 
 def test_clipped_kl_is_theirs():
@@ -107,19 +92,16 @@ def test_clipped_kl_is_theirs():
 
 
 @torch.no_grad()
-def test_input_compression_is_theirs(calm):
-    assert_close(calm.inputs(OFFICIAL["input_ids"]), OFFICIAL["energy.inputs"])
+@pytest.mark.parametrize("head", HEADS)
+def test_inputs_and_hidden_states_are_theirs(models, head):
+    assert_close(models[head].inputs(OFFICIAL["input_ids"]), OFFICIAL[f"{head}.inputs"])
+    assert_close(models[head].hidden(OFFICIAL["input_ids"]), OFFICIAL[f"{head}.hidden"])
 
 
 @torch.no_grad()
-def test_hidden_states_are_theirs(calm):
-    assert_close(calm.hidden(OFFICIAL["input_ids"]), OFFICIAL["energy.hidden"])
-
-
-@torch.no_grad()
-def test_energy_head_samples_as_theirs(calm):
+def test_energy_head_samples_as_theirs(models):
     noise, h = OFFICIAL["energy.noise"], OFFICIAL["energy.hidden"][:, :-1].flatten(0, 1)
-    assert_close(calm.head.sample(h, len(noise), noise), OFFICIAL["energy.samples"])
+    assert_close(models["energy"].head.sample(h, len(noise), noise), OFFICIAL["energy.samples"])
 
 
 @pytest.mark.parametrize("name", [k for k in OFFICIAL if k.startswith("energy.score_alpha_")])
@@ -130,6 +112,24 @@ def test_energy_score_is_minus_theirs(name):
     assert_close(-energy_score(OFFICIAL["energy.samples"], y, alpha), OFFICIAL[name])
 
 
+@torch.no_grad()
+def test_flow_head_is_theirs(models):
+    head, x, t, h = models["flow"].head, *(OFFICIAL[f"flow.{k}"] for k in ("x", "t", "context"))
+    assert_close(head.velocity(x, t, h), OFFICIAL["flow.velocity"])
+    assert_close(head.sample(h, 1, x[None])[0], OFFICIAL["flow.midpoint20"])
+
+
+@torch.no_grad()
+def test_diffusion_head_is_theirs(models):
+    head, x, t, h = models["diffusion"].head, *(OFFICIAL[f"diffusion.{k}"] for k in ("x", "t", "context"))
+    assert_close(head(x, t, h), OFFICIAL["diffusion.net_out"])
+    assert_close(1 - head.a / torch.nn.functional.pad(head.a[:-1], (1, 0), value=1.0), OFFICIAL["diffusion.betas"])
+    mse, bits = head.terms(OFFICIAL["diffusion.x_start"], OFFICIAL["diffusion.noise"], t, h)
+    assert_close(mse, OFFICIAL["diffusion.mse"])
+    assert_close(bits, OFFICIAL["diffusion.vb"])
+    assert_close(mse + bits, OFFICIAL["diffusion.loss"])
+
+
 def test_brier_estimate_is_theirs():
     a, b, y = (OFFICIAL[f"brier.{k}"].flatten(0, 1) for k in ("sample_a", "sample_b", "target"))
     assert_close(brier_ngram(torch.stack([a, b]), y).mean(0), OFFICIAL["brier.n1_to_n4"])
@@ -137,11 +137,136 @@ def test_brier_estimate_is_theirs():
 
 @torch.no_grad()
 def test_ar_baseline_is_theirs():
-    state = {renamed(k, "transformer"): v for k, v in weights("ar.weights/").items()}
-    vocab_size, width = state["embed.weight"].shape
-    layers = 1 + max(int(k.split(".")[2]) for k in state if ".blocks." in k)
-    ids = OFFICIAL["input_ids"]
-    model = AR(ARConfig(vocab_size, width, state["transformer.blocks.0.mlp.gate_proj.weight"].shape[0], layers,
-                        LM["num_attention_heads"], ids.shape[1]))
-    model.load_state_dict(state)
+    theirs, ids = weights("ar"), OFFICIAL["input_ids"]
+    vocab_size, width = theirs["model.embed_tokens.weight"].shape
+    layers = sum(k.endswith("q_proj.weight") for k in theirs)
+    model = AR(ARConfig(vocab_size, width, len(theirs["model.layers.0.mlp.gate_proj.weight"]), layers,
+                        SIZES["lm"]["num_attention_heads"], ids.shape[1]))
+    named = lambda name: "lm_head.weight" if name == "lm_head.weight" else official_name(name, None, None).replace("transformer.", "model.")
+    model.load_state_dict({name: theirs.pop(named(name)) for name in model.state_dict()})
+    assert not theirs                                                         # every weight of theirs has its place
     assert_close(model.lm_head(model.hidden(ids)), OFFICIAL["ar.logits"])
+
+
+# --- Directories as the authors publish them --------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("prefix", ["ae_model.", "autoencoder."])
+def test_a_published_directory_loads_in_both_formats(tmp_path, form, prefix):
+    model = load_official(publish(tmp_path / "m", together(autoencoder=prefix), SIZES["lm"], form))
+    assert_close(model.hidden(OFFICIAL["input_ids"]), OFFICIAL["energy.hidden"])
+    assert_close(model.autoencoder.decode(OFFICIAL["autoencoder.z"]).flatten(1, 2), OFFICIAL["autoencoder.logits"])
+    assert not any(p.requires_grad for p in model.autoencoder.parameters())
+
+
+@torch.no_grad()
+def test_bfloat16_weights_in_several_files_load(tmp_path):
+    tensors = {k: v.bfloat16() for k, v in together().items()}
+    del tensors["ae_model.decoder.lm_head_weight"]   # tied weights may be stored once
+    folder = publish(tmp_path / "m", {}, SIZES["lm"])
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        write_safetensors(folder / f"model-0000{i}-of-00002.safetensors", {k: tensors[k] for k in part})
+    assert error(load_official(folder).hidden(OFFICIAL["input_ids"]), OFFICIAL["energy.hidden"]) < 0.05
+
+
+def test_float32_weights_stay_mapped(tmp_path):
+    """The weights of the model are the bytes of the file: a private map, which writes nothing back."""
+    folder = publish(tmp_path / "m", together(), SIZES["lm"])
+    before = (folder / "model.safetensors").read_bytes()
+    read, wanted = [], calm.read_safetensors
+    calm.read_safetensors = lambda path: read.append(wanted(path)) or read[0]
+    try:
+        model = load_official(folder)
+    finally:
+        calm.read_safetensors = wanted
+    mapped = {t.untyped_storage().data_ptr() for t in read[0].values()}
+    assert all(p.untyped_storage().data_ptr() in mapped for p in model.parameters())
+    with torch.no_grad():
+        model.transformer.norm.weight.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+BROKEN = {
+    "missing": (lambda t: t.pop("transformer.layers.0.self_attn.q_proj.weight"), "transformer.layers.0.self_attn.q_proj.weight is missing"),
+    "missing in the autoencoder": (lambda t: t.pop("ae_model.decoder.expand_layer.bias"), "decoder.expand_layer.bias is missing"),
+    "extra": (lambda t: t.update(surprise=torch.zeros(2)), "surprise is not expected"),
+    "misshapen": (lambda t: t.update({"mlp_generator.noise_embd.bias": torch.zeros(3)}), "mlp_generator.noise_embd.bias has the shape (3,)"),
+    "untied": (lambda t: t.update({"ae_model.decoder.lm_head_weight": t["ae_model.encoder.embed_tokens.weight"] + 1}), "the same weights"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_wrong_tensors_are_named(tmp_path, capsys, case):
+    change, message = BROKEN[case]
+    tensors = together()
+    change(tensors)
+    with pytest.raises(SystemExit, match="2"):
+        load_official(publish(tmp_path / "m", tensors, SIZES["lm"]))
+    assert message in capsys.readouterr().err
+
+
+def mangled(header, data=b""):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"\0" * 4, struct.pack("<Q", 1 << 60) + b"{}", struct.pack("<Q", 4) + b"nope", mangled([1, 2]),
+    mangled({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}),                                   # out of range
+    mangled({"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, -16]}}, b"\0" * 16),
+    mangled({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, b"\0" * 16),                        # not its size
+    mangled({k: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for k in "ab"}, b"\0" * 16),           # overlapping
+    mangled({"a": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}, b"\0" * 8)])
+def test_a_broken_safetensors_file_is_one_clear_line(tmp_path, capsys, raw):
+    folder = publish(tmp_path / "m", {}, SIZES["lm"])
+    (folder / "model.safetensors").write_bytes(raw)
+    with pytest.raises(SystemExit, match="2"):
+        load_official(folder)
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("case", ["nothing", "no weights", "no autoencoder", "an autoencoder", "other positions"])
+def test_a_directory_that_is_not_a_published_model_is_one_clear_line(tmp_path, capsys, case):
+    folder = tmp_path / "m"
+    if case == "no weights":
+        publish(folder, {}, SIZES["lm"])
+        (folder / "model.safetensors").unlink()
+    elif case == "no autoencoder":
+        publish(folder, weights("energy"), SIZES["lm"])
+    elif case == "an autoencoder":
+        publish(folder, weights("autoencoder"), SIZES["ae"])
+    elif case == "other positions":
+        publish(folder, together(), SIZES["lm"] | {"rope_theta": 500_000})
+    with pytest.raises(SystemExit, match="2"):
+        load_official(folder)
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: ") and "\n" not in line and str(tmp_path) in line
+
+
+def test_a_published_model_writes_and_is_evaluated(tmp_path, run, data_dir):
+    """From directory to text and BrierLM, with a tokenizer file: 256 bytes and 256 special tokens, and [PAD] in the model."""
+    ranks = tmp_path / "tokenizer.model"
+    ranks.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    torch.manual_seed(0)
+    ae, c = AutoencoderConfig(513, 4, 8, 16, 24), CALMConfig(513, 4, 8, 32, 48, 2, 4, 1, 10, 16)
+    ours = CALM(c, Autoencoder(ae))
+    tensors = {official_name(name, c, ae): value for name, value in ours.state_dict().items()}
+    config = {"vocab_size": 513, "patch_size": 4, "latent_size": 8, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_mlp_layers": 1, "noise_size": 10, "max_position_embeddings": 16}
+    folder = publish(tmp_path / "m", tensors, config)
+    text = tmp_path / "text.txt"
+    text.write_text("A published model reads this sentence again and again. " * 60)
+    prepare([text], "mine", str(ranks), out_root=data_dir)
+
+    done = run(sample, "--official", folder, "--tokenizer", ranks, "--start", "A model", "--max_new_tokens", 8)
+    assert done.code == 0 and done.out.startswith("A model")
+    done = run(eval_brier, "--official", folder, "--data", "mine", "--windows", 4, "--texts", 4, "--json")
+    assert done.code == 0 and json.loads(done.out.splitlines()[-1])["positions"] == 4 * 15
+    prepare([text], "bytes", out_root=data_dir)
+    wrong = run(eval_brier, "--official", folder, "--data", "bytes")
+    assert wrong.code == 2 and "vocabulary of 513" in wrong.err
+    missing = run(sample, "--official", folder)
+    assert missing.code == 2 and "tokenizer.model" in missing.err

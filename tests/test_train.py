@@ -67,7 +67,7 @@ def test_the_whole_road_learns_a_repeating_text(foxes, tmp_path, run):
         assert "tokens/s" in result.err
 
 
-@pytest.mark.parametrize("K", [1, 2, 3, 8])
+@pytest.mark.parametrize("K", [1, 2, 3, 8, 16])
 def test_chunks_of_other_sizes_train_and_evaluate(K, foxes, tmp_path, run):
     out = tmp_path / "out"
     assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--chunk_size", K).code == 0
@@ -91,6 +91,48 @@ def test_the_baseline_gets_the_training_flops_of_the_run_it_is_matched_to(foxes,
     calm, ar = load_checkpoint(out / "calm.pt"), load_checkpoint(out / "ar.pt")
     assert load_checkpoint(out / "autoencoder.pt")["flops"] > 0
     assert ar["flops"] == pytest.approx(calm["flops"], rel=0.05)
+
+
+@pytest.mark.parametrize("head", ["flow", "diffusion"])
+def test_the_other_heads_train_resume_and_sample(head, foxes, tmp_path, run):
+    out = tmp_path / "out"
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--head", head, "--num_evals", 4,
+               "--input_mode", "both").code == 0
+    assert all(math.isfinite(loss) for loss in losses(out, "calm").values())
+    assert run(train, "--resume", "--data", foxes, "--out_dir", out, "--max_steps", 20).code == 0
+    assert run(sample, "--out_dir", out, "--num_evals", 6, "--max_new_tokens", 8).code == 0
+    assert run(eval_brier, "--out_dir", out, "--num_evals", 2, "--windows", 2, "--texts", 2).code == 0
+
+
+def test_an_autoencoder_trains_without_any_of_its_regularisers(foxes, tmp_path, run):
+    out = tmp_path / "out"
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "autoencoder", "--kl_weight", 0, "--kl_clip", 0,
+               "--dropout", 0, "--token_mask", 0).code == 0
+    curve = losses(out, "autoencoder")
+    assert curve[max(curve)] < curve[1]
+
+
+# --- The toolkit on a trained model -----------------------------------------------------------------------------------
+
+def test_exact_sampling_reports_its_calls_or_falls_back(trained, run):
+    flags = ["--out_dir", trained / "out", "--device", "cpu", "--max_new_tokens", 12, "--sampler", "exact"]
+    result = run(sample, *flags, "--temperature", 0.6)
+    assert result.code == 0 and "calls a chunk" in result.err
+    result = run(sample, *flags, "--temperature", 0.02, "--max_calls", 20)   # fifty samples in a row must be equal
+    assert result.code == 0 and "using --sampler batch" in result.err and "calls a chunk" not in result.err
+
+
+@pytest.mark.parametrize("model, rows", [("calm", 4), ("ar", 2)])
+def test_the_frontier_falls_from_accuracy_and_collision_at_one_to_certainty(model, rows, trained, run):
+    result = run(eval_brier, "--out_dir", trained / "out", "--model", model, "--device", "cpu", "--windows", 4, "--frontier",
+                 "--temperatures", 1, 0.5, "--candidates", 1, 20, "--noise_scales", 0.5, 0, "--json")
+    points = [json.loads(line) for line in result.out.splitlines() if line.startswith("{")]
+    assert result.code == 0 and len(points) == rows
+    assert points[rows // 2]["collision"] >= points[0]["collision"]           # colder is more alike
+    if model == "ar":
+        assert points[1]["collision"] > points[0]["collision"] > 0
+    else:
+        assert points[-1]["collision"] == 1                                   # without noise there is one answer
 
 
 # --- Interrupted, resumed, spread out ---------------------------------------------------------------------------------
@@ -259,7 +301,7 @@ def test_casting_matrices_once_equals_autocast(trained):
             with torch.autocast("cpu", torch.bfloat16):
                 hidden.append(model.hidden(tokens))
                 torch.manual_seed(0)
-                hidden.append(model.draw(hidden[-1][:, -1]))
+                hidden.append(model.draw(hidden[-1][:, -1])[0])
         assert model.transformer.blocks[0].attn.q_proj.weight.dtype == torch.bfloat16
         assert torch.equal(hidden[0], hidden[2]) and torch.equal(hidden[1], hidden[3])
 
@@ -325,6 +367,17 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "temperature 0": (sample, ["--temperature", "0"], "out", "--temperature must be in (0, 1]"),
     "temperature 2": (sample, ["--temperature", "2"], "out", "--temperature must be in (0, 1]"),
     "few candidates": (sample, ["--temperature", "0.1", "--num_candidates", "5"], "out", "--num_candidates 5 is below 1/T"),
+    "no calls": (sample, ["--max_calls", "0"], "out", "--max_calls must be at least 1"),
+    "noise scale 2": (sample, ["--noise_scale", "2"], "out", "--noise_scale must be in [0, 1]"),
+    "exact, compiled": (sample, ["--sampler", "exact", "--compile"], "out", "drop one of the two"),
+    "unknown sampler": (sample, ["--sampler", "nucleus"], "out", "--sampler"),
+    "evaluations of an energy head": (sample, ["--num_evals", "4"], "out", "num_evals 4"),
+    "official, nothing there": (sample, ["--official", "nowhere"], "out", "nowhere is not a published model"),
+    "negative beta": (train, ["--kl_weight", "-1"], "new", "kl_weight must be in [0"),
+    "all tokens masked": (train, ["--token_mask", "1"], "new", "token_mask must be in [0, 1)"),
+    "unknown head": (train, ["--head", "softmax"], "new", "--head"),
+    "odd evaluations of a flow": (train, ["--head", "flow", "--num_evals", "5"], "new", "num_evals 5"),
+    "unknown input": (train, ["--input_mode", "pixels"], "new", "--input_mode"),
     "no samples": (sample, ["--num_samples", "0"], "out", "--num_samples"),
     "long prompt": (sample, ["--start", "x" * 100], "out", "the prompt has 100 tokens, but the context is 64"),
     "no prompt file": (sample, ["--start", "FILE:nowhere"], "out", "no file nowhere"),
@@ -333,6 +386,8 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "brier, other vocabulary": (eval_brier, ["--data", "other"], "out", "was trained with the tokenizer bytes"),
     "brier, odd stride": (eval_brier, ["--stride", "6"], "out", "multiples of the chunk size 4"),
     "brier, long context": (eval_brier, ["--context", "128"], "out", "longer than the model's own"),
+    "frontier, temperature 2": (eval_brier, ["--frontier", "--temperatures", "2"], "out", "--temperatures must be in (0, 1]"),
+    "official without data": (eval_brier, ["--official", "nowhere"], "out", "--official needs --data"),
     "brier, short text": (eval_brier, ["--data", "short"], "out", "fewer than one context"),
     "autoencoder of nothing": (autoencoder_script, [], "new", "no checkpoint at"),
     "autoencoder, other vocabulary": (autoencoder_script, ["--data", "other"], "out", "was trained with the tokenizer bytes"),
