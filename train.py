@@ -506,9 +506,10 @@ def open_stage(stage, model, args, data):
     elsewhere, longer = "use another --out_dir", f"--{flag('max_steps', stage)}"
     if checkpoint["data"]["fingerprint"] != data.meta["fingerprint"]:
         fail(f"{path} was trained on other data than {data.folder} holds now: {elsewhere}")
+    trained = asdict(type(model.config)(**checkpoint["config"]))
     for name, value in asdict(model.config).items():
-        if checkpoint["config"].get(name) != value:
-            fail(f"{path} has {name} {checkpoint['config'].get(name)}, this run asks for {value}: {elsewhere}, or drop the flag")
+        if trained[name] != value:
+            fail(f"{path} has {name} {trained[name]}, this run asks for {value}: {elsewhere}, or drop the flag")
     if not checkpoint["done"] and not args.resume:
         fail(f"{path} is unfinished (step {checkpoint['step']:,}): add --resume to go on, or {elsewhere}")
     if checkpoint["done"] and not args.resume and stage == args.model:
