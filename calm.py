@@ -678,8 +678,8 @@ def flops_per_token(config, autoencoder=None):
     """{"train": x, "inference": x}: FLOPs a token with the paper's accounting (table 1), for any of the three configs.
 
     A multiplication and an addition are two. Attention is counted at full context, 4*T*D a layer; training is three
-    forward passes; CALM's head runs N samples in training and one in inference, and its frozen autoencoder encodes in
-    training and decodes in inference.
+    forward passes; CALM's head runs N samples in training and one in inference (num_evals times), and its frozen
+    autoencoder encodes in training and decodes in inference.
     """
     c = config
     if isinstance(c, AutoencoderConfig):
@@ -698,10 +698,14 @@ def flops_per_token(config, autoencoder=None):
         backbone += 2 * (K * D * 2 * D + 2 * D * D)
     if c.input_mode != "discrete":
         backbone += 2 * c.latent_dim * D + K * ae["encode"]
-    head = 2 * (c.n_noise * D + D * D + 6 * c.n_head_layer * D * D + D * D + D * c.latent_dim)
+    if c.head == "energy":
+        head = 2 * (c.n_noise * D + D * D + 6 * c.n_head_layer * D * D + D * D + D * c.latent_dim)
+    else:   # of one evaluation
+        out = c.latent_dim * (2 if c.head == "diffusion" else 1)
+        head = 2 * (256 * D + 2 * D * D + c.latent_dim * D + 5 * c.n_head_layer * D * D + 2 * D * D + D * out)
     aux = 2 * D * K * c.vocab_size if c.aux_weight else 0
     return {"train": 3 * (backbone + c.num_samples * head + aux) / K + ae["encode"],
-            "inference": (backbone + head) / K + ae["decode"]}
+            "inference": (backbone + c.num_evals * head) / K + ae["decode"]}
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
@@ -798,11 +802,11 @@ def read_official(folder):
     return config, tensors
 
 
-def load_official(folder):
-    """The model in a directory as the authors published it (section 8) -> CALM in eval mode, in float32.
+def load_official(folder, device="cpu", dtype=torch.float32):
+    """The model in a directory as the authors published it -> CALM in eval mode, with its matrices in `dtype`.
 
     Its autoencoder is looked for in the same files, then in the directory that config.json calls `ae_path`, then in
-    CALM-Autoencoder beside `folder`. What lies in the files as float32 stays mapped: nothing is copied."""
+    CALM-Autoencoder beside `folder`. On a CPU what lies in the files in the right type stays there: nothing is copied."""
     folder = Path(folder)
     config, tensors = read_official(folder)
     tied = ("encoder.embed_tokens.weight", "decoder.lm_head_weight")
@@ -836,7 +840,7 @@ def load_official(folder):
     if config.get("num_key_value_heads", c.n_head) != c.n_head or config.get("rope_theta", 10000) != 10000:
         fail(f"{folder}: expected num_key_value_heads {c.n_head} and rope_theta 10000, as the authors published")
     with torch.device("meta"):   # no memory for weights that are replaced
-        model = CALM(c, Autoencoder(ae))
+        model = cast_matrices(CALM(c, Autoencoder(ae)), dtype)
     state, wrong = {}, []
     for name, expected in model.state_dict().items():
         theirs = official_name(name, c, ae)
@@ -846,12 +850,12 @@ def load_official(folder):
         elif tensor.shape != expected.shape:
             wrong.append(f"{theirs} has the shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
         else:
-            state[name] = tensor.float()
+            state[name] = tensor.to(expected.dtype)
     wrong += [f"{name} is not expected" for name in tensors if not name.endswith("inv_freq")]
     if wrong:
         fail(f"{folder} does not hold the published weights: {'; '.join(wrong[:5])}" + (f" and {len(wrong) - 5} more" if wrong[5:] else ""))
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def check_vocabulary(model, tokenizer):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from autoencoder import autocast, check_tokenizer, select_device, select_dtype
-from calm import AR, KVCache, cast_matrices, check_vocabulary, generate, load_model, load_official
+from calm import AR, KVCache, check_vocabulary, generate, load_model, load_official
 from data.prepare import Parser, fail, load_data
 
 
@@ -239,7 +239,7 @@ def main():
     if args.official:
         if not args.data:
             fail("--official needs --data, prepared with the tokenizer of the model")
-        model, checkpoint = cast_matrices(load_official(args.official).to(device), dtype), {"step": None}
+        model, checkpoint = load_official(args.official, device, dtype), {"step": None}
         data = load_data(args.data)
         check_vocabulary(model, data.tokenizer)
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from autoencoder import autocast, load_tokenizer, select_device, select_dtype
-from calm import cast_matrices, check_vocabulary, expected_calls, load_model, load_official, pad_front, stream
+from calm import check_vocabulary, expected_calls, load_model, load_official, pad_front, stream
 from data.prepare import Parser, encode, eot_token, fail, get_tokenizer
 
 
@@ -72,7 +72,7 @@ def main():
     device = select_device(args.device)
     dtype = select_dtype(args.dtype, device)
     if args.official:
-        model = cast_matrices(load_official(args.official).to(device), dtype)
+        model = load_official(args.official, device, dtype)
         tokenizer = get_tokenizer(args.tokenizer or str(Path(args.official) / "tokenizer.model"))
         check_vocabulary(model, tokenizer)
     else:

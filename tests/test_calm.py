@@ -479,3 +479,22 @@ def test_flops_of_the_baseline_are_the_papers():
     flops = flops_per_token(ARConfig(128256))                                 # Transformer-S
     assert f"{flops['inference']:.1e}" == "4.4e+08"
     assert flops["train"] * 5e11 == pytest.approx(6.6e20, rel=0.06)
+
+
+def test_flops_of_calm_xl_are_above_the_papers():
+    """Table 1 has 9.4e8 and 19.5e20 for a model of 1.82B parameters. Ours has as many, and costs more by the same count."""
+    config = CALMConfig(128257, n_embd=2560, n_ff=6880, n_layer=16, n_head_layer=4)
+    with torch.device("meta"):
+        model = CALM(config, Autoencoder(AutoencoderConfig(128257)))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e9 == pytest.approx(1.82, abs=0.01)
+    flops = flops_per_token(config, AutoencoderConfig(128257))
+    assert flops["inference"] == pytest.approx(9.4e8, rel=0.04) and flops["train"] * 5e11 == pytest.approx(19.5e20, rel=0.11)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_flops_of_a_head_are_those_of_its_matrices(head):
+    """A multiplication and an addition for every weight, forward and twice that backward, for one sample more a chunk."""
+    weights = sum(p.numel() for p in HEADS[head](CALMConfig(257, n_head_layer=2, head=head)).parameters() if p.ndim == 2)
+    ae = AutoencoderConfig(257)
+    more, less = (flops_per_token(CALMConfig(257, n_head_layer=2, head=head, n_layer=1, num_samples=N), ae)["train"] for N in (3, 2))
+    assert more - less == pytest.approx(3 * 2 * weights / 4)
