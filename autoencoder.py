@@ -11,6 +11,7 @@ near the right one still decodes to the right K tokens.
 Shapes: K tokens in a chunk, V vocabulary, H width, L latent size; (...) any leading dimensions.
 """
 import json
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -230,6 +231,41 @@ def load_checkpoint(path, kind=None):
     if kind and found != kind:
         fail(f"{path} holds a model of kind {found!r}, expected {kind!r}")
     return checkpoint
+
+
+def read_published(folder):
+    """A directory as the authors publish a model, config.json with model.safetensors or pytorch_model.bin (in one file or
+    several) -> its config, {their name: tensor}. The tensors are mapped from the files, not read."""
+    try:
+        config, tensors = json.loads((folder / "config.json").read_text()), {}
+        for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
+            tensors |= (read_safetensors(path) if path.suffix == ".safetensors" else
+                        torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+        if not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            raise ValueError("no weights")
+        return dict(config), tensors
+    except Exception as error:   # whatever is wrong in a file from elsewhere
+        fail(f"{folder} is not a published model, config.json with model.safetensors or pytorch_model.bin "
+             f"({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+
+
+def read_safetensors(path):
+    """{name: tensor}: 8 bytes are the length of a JSON header, which says where in the bytes behind it each tensor lies."""
+    size = path.stat().st_size
+    raw = torch.from_file(str(path), size=size, dtype=torch.uint8)   # a private map: writing to it changes no file
+    length = int.from_bytes(raw[:8].numpy().tobytes(), "little")
+    header = json.loads(raw[8:8 + length].numpy().tobytes())
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry["dtype"]]
+        begin, before = entry["data_offsets"][0], end
+        end = begin + math.prod(entry["shape"]) * dtype.itemsize
+        if entry["data_offsets"][1] != end or not before <= begin <= end <= size - 8 - length:
+            raise ValueError(f"{name} does not lie where the header says")
+        part = raw[8 + length + begin:8 + length + end]
+        tensors[name] = (part if part.data_ptr() % dtype.itemsize == 0 else part.clone()).view(dtype).view(entry["shape"])
+    return tensors
 
 
 def load_tokenizer(checkpoint):

@@ -14,7 +14,6 @@ A training step in five lines:
 Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, L latent size, N head samples,
 M target samples, P positions (B and T flattened). tokens (B, T*K), h (B, T, D), z (..., L).
 """
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from autoencoder import Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check_sizes, init_weights, load_checkpoint
+from autoencoder import Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check_sizes, init_weights, load_checkpoint, read_published
 from data.prepare import fail
 
 
@@ -732,9 +731,12 @@ def cast_matrices(model, dtype):
     return model
 
 
-# --- The authors' weights: config.json with model.safetensors or pytorch_model.bin ------------------------------------
+# --- The authors' weights ---------------------------------------------------------------------------------------------
 
-# our name of a part -> what to replace, in this order, to have the authors'
+OFFICIAL_SIZES = {"vocab_size": "vocab_size", "chunk_size": "patch_size", "latent_dim": "latent_size", "n_embd": "hidden_size",
+                  "n_ff": "intermediate_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+                  "n_head_layer": "num_mlp_layers"}
+# our name of a part -> what to replace, in this order, to have the authors' names
 OFFICIAL_NAMES = {
     "embed": {"embed.": "transformer.embed_tokens."},
     "compress": {"compress": "embed_proj"},
@@ -751,55 +753,19 @@ OFFICIAL_NAMES = {
 }
 
 
-def official_name(name, config, autoencoder_config):
-    """The authors' name of a weight of ours."""
+def official_name(name, head, ae_layers):
+    """The authors' name of a weight of ours, in a model with this head and so many blocks a side of the autoencoder."""
     part = name.split(".")[0]
     if part == "autoencoder":   # their blocks count on from the first half to the second
-        half = autoencoder_config.n_layer // 2
-        first = {"encoder": half, "decoder": autoencoder_config.n_layer - half}
-        later = {"encoder": "chunk", "decoder": "token"}
-        name = re.sub(r"(\w+)\.(token|chunk)_blocks\.(\d+)(\.norm)?", lambda m: f"{m[1]}.{m[1]}_layers."
-                      f"{int(m[3]) + (first[m[1]] if m[2] == later[m[1]] else 0)}{'.layernorm' if m[4] else ''}", name)
+        begin = {"encoder.token": 0, "encoder.chunk": ae_layers // 2, "decoder.chunk": 0, "decoder.token": ae_layers - ae_layers // 2}
+        name = re.sub(r"((encoder|decoder)\.(?:token|chunk))_blocks\.(\d+)",
+                      lambda m: f"{m[2]}.{m[2]}_layers.{begin[m[1]] + int(m[3])}", name)
+        name = re.sub(r"(_layers\.\d+)\.norm", r"\1.layernorm", name)
     if part == "head":
-        part = "energy" if config.head == "energy" else "flow"
+        part = "energy" if head == "energy" else "flow"   # diffusion has the network of flow
     for ours, theirs in OFFICIAL_NAMES[part].items():
         name = name.replace(ours, theirs)
     return name
-
-
-def read_safetensors(path):
-    """{name: tensor}, mapped from the file and not read: 8 bytes are the length of a JSON header, which says where in the
-    raw bytes behind it each tensor lies."""
-    size = path.stat().st_size
-    raw = torch.from_file(str(path), size=size, dtype=torch.uint8)
-    length = int.from_bytes(raw[:8].numpy().tobytes(), "little")
-    header = json.loads(raw[8:8 + length].numpy().tobytes())
-    header.pop("__metadata__", None)
-    tensors, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry["dtype"]]
-        begin, before = entry["data_offsets"][0], end
-        end = begin + math.prod(entry["shape"]) * dtype.itemsize
-        if entry["data_offsets"][1] != end or not before <= begin <= end <= size - 8 - length:
-            raise ValueError(f"{name} does not lie where the header says")
-        part = raw[8 + length + begin:8 + length + end]
-        tensors[name] = (part if part.data_ptr() % dtype.itemsize == 0 else part.clone()).view(dtype).view(entry["shape"])
-    return tensors
-
-
-def read_official(folder):
-    """A published directory -> (its config, its tensors by the authors' names)."""
-    try:
-        config, tensors = json.loads((folder / "config.json").read_text()), {}
-        for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-            tensors |= (read_safetensors(path) if path.suffix == ".safetensors" else
-                        torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-        if not tensors:
-            raise ValueError("no model.safetensors or pytorch_model.bin")
-    except Exception as error:   # whatever is wrong in a file from elsewhere
-        fail(f"{folder} is not a published model, config.json with model.safetensors or pytorch_model.bin "
-             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
-    return config, tensors
 
 
 def load_official(folder, device="cpu", dtype=torch.float32):
@@ -808,42 +774,38 @@ def load_official(folder, device="cpu", dtype=torch.float32):
     Its autoencoder is looked for in the same files, then in the directory that config.json calls `ae_path`, then in
     CALM-Autoencoder beside `folder`. On a CPU what lies in the files in the right type stays there: nothing is copied."""
     folder = Path(folder)
-    config, tensors = read_official(folder)
-    tied = ("encoder.embed_tokens.weight", "decoder.lm_head_weight")
-    prefix = next((name.removesuffix(end) for end in tied for name in tensors if name.endswith(end)), None)
-    if prefix is None:
+    config, tensors = read_published(folder)
+    tied = ("encoder.embed_tokens.weight", "decoder.lm_head_weight")   # one embedding, stored under either name or both
+    if not any(name.endswith(tied) for name in tensors):
         path = str(config.get("ae_path", ""))
         places = [Path(path), folder / path, folder.parent / Path(path).name, folder.parent / "CALM-Autoencoder"]
         place = next((p for p in places if p != folder and (p / "config.json").is_file()), None)
         if place is None:
             fail(f"no autoencoder in {folder} or beside it: put the published CALM-Autoencoder at {places[-1]}")
-        tensors |= read_official(place)[1]
-        prefix = ""
-    tensors = {name.removeprefix(prefix) if prefix else name: value for name, value in tensors.items()}
-    embeddings = [tensors.pop(name) for name in tied if name in tensors]
-    if not all(torch.equal(embeddings[0], other) for other in embeddings):
-        fail(f"{folder}: {tied[0]} and {tied[1]} must be the same weights")
-    tensors[tied[0]] = embeddings[0]
+        tensors |= read_published(place)[1]
     try:
-        c = CALMConfig(vocab_size=config["vocab_size"], chunk_size=config["patch_size"], latent_dim=config["latent_size"],
-                       n_embd=config["hidden_size"], n_ff=config["intermediate_size"], n_layer=config["num_hidden_layers"],
-                       n_head=config["num_attention_heads"], n_head_layer=config["num_mlp_layers"],
-                       n_noise=config.get("noise_size", 64), num_samples=config.get("num_samples", 8),
-                       block_size=min(2048, config.get("max_position_embeddings", 2048)),   # trained on 2048 chunks
-                       head="energy" if any(name.startswith("mlp_generator.") for name in tensors) else
-                       "flow" if len(tensors["generative_head.net.final_layer.linear.bias"]) == config["latent_size"] else "diffusion")
-        ae = AutoencoderConfig(*embeddings[0].shape[:1], c.chunk_size, c.latent_dim, embeddings[0].shape[1],
-                               len(tensors["encoder.encoder_layers.0.mlp.gate_proj.weight"]),
-                               sum(name.startswith("encoder.encoder_layers.") and name.endswith("layernorm.weight") for name in tensors))
-    except KeyError as error:
-        fail(f"{folder} is not a published CALM: {error} is missing")
+        prefix = next(name.removesuffix(end) for end in tied for name in tensors if name.endswith(end))
+        tensors = {name.removeprefix(prefix) if prefix else name: value for name, value in tensors.items()}
+        embedding, *again = (tensors.pop(name) for name in tied if name in tensors)
+        tensors[tied[0]] = embedding
+        in_head = [name for name in tensors if name.startswith("generative_head.")]
+        c = CALMConfig(**{ours: int(config[theirs]) for ours, theirs in OFFICIAL_SIZES.items()}, n_noise=int(config.get("noise_size", 64)),
+                       num_samples=int(config.get("num_samples", 8)), block_size=min(2048, int(config.get("max_position_embeddings", 2048))),
+                       head="energy" if not in_head else "diffusion" if "diffusion" in str(config.get("model_type")) or
+                       len(tensors["generative_head.net.final_layer.linear.bias"]) > int(config["latent_size"]) else "flow")
+        layers = sum(name.startswith("encoder.encoder_layers.") and name.endswith("layernorm.weight") for name in tensors)
+        ae = AutoencoderConfig(len(embedding), c.chunk_size, c.latent_dim, embedding.shape[1],
+                               len(tensors["encoder.encoder_layers.0.mlp.gate_proj.weight"]), layers)
+    except (KeyError, StopIteration, TypeError, ValueError) as error:
+        fail(f"{folder} is not a published CALM with its autoencoder ({type(error).__name__}: {error})")
     if config.get("num_key_value_heads", c.n_head) != c.n_head or config.get("rope_theta", 10000) != 10000:
         fail(f"{folder}: expected num_key_value_heads {c.n_head} and rope_theta 10000, as the authors published")
     with torch.device("meta"):   # no memory for weights that are replaced
         model = cast_matrices(CALM(c, Autoencoder(ae)), dtype)
-    state, wrong = {}, []
+    wrong = [] if all(torch.equal(embedding, other) for other in again) else [f"{tied[1]} is not {tied[0]}"]
+    state = {}
     for name, expected in model.state_dict().items():
-        theirs = official_name(name, c, ae)
+        theirs = official_name(name, c.head, layers)
         tensor = tensors.pop(theirs, None)
         if tensor is None:
             wrong.append(f"{theirs} is missing")

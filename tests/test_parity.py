@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import calm
+import autoencoder
 import eval_brier
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig, kl_to_normal
@@ -142,7 +142,7 @@ def test_ar_baseline_is_theirs():
     layers = sum(k.endswith("q_proj.weight") for k in theirs)
     model = AR(ARConfig(vocab_size, width, len(theirs["model.layers.0.mlp.gate_proj.weight"]), layers,
                         SIZES["lm"]["num_attention_heads"], ids.shape[1]))
-    named = lambda name: "lm_head.weight" if name == "lm_head.weight" else official_name(name, None, None).replace("transformer.", "model.")
+    named = lambda name: "lm_head.weight" if name == "lm_head.weight" else official_name(name, None, 0).replace("transformer.", "model.")
     model.load_state_dict({name: theirs.pop(named(name)) for name in model.state_dict()})
     assert not theirs                                                         # every weight of theirs has its place
     assert_close(model.lm_head(model.hidden(ids)), OFFICIAL["ar.logits"])
@@ -172,16 +172,22 @@ def test_bfloat16_weights_in_several_files_load(tmp_path):
     assert error(load_official(folder).hidden(OFFICIAL["input_ids"]), OFFICIAL["energy.hidden"]) < 0.05
 
 
+def test_the_autoencoder_is_found_where_the_config_says(tmp_path):
+    place = publish(tmp_path / "elsewhere" / "ae", weights("autoencoder"), SIZES["ae"], "bin")
+    model = load_official(publish(tmp_path / "m", weights("energy"), SIZES["lm"] | {"ae_path": str(place)}))
+    assert torch.equal(model.autoencoder.encoder.embed.weight, OFFICIAL["autoencoder.weights/encoder.embed_tokens.weight"])
+
+
 def test_float32_weights_stay_mapped(tmp_path):
     """The weights of the model are the bytes of the file: a private map, which writes nothing back."""
     folder = publish(tmp_path / "m", together(), SIZES["lm"])
     before = (folder / "model.safetensors").read_bytes()
-    read, wanted = [], calm.read_safetensors
-    calm.read_safetensors = lambda path: read.append(wanted(path)) or read[0]
+    read, wanted = [], autoencoder.read_safetensors
+    autoencoder.read_safetensors = lambda path: read.append(wanted(path)) or read[0]
     try:
         model = load_official(folder)
     finally:
-        calm.read_safetensors = wanted
+        autoencoder.read_safetensors = wanted
     mapped = {t.untyped_storage().data_ptr() for t in read[0].values()}
     assert all(p.untyped_storage().data_ptr() in mapped for p in model.parameters())
     with torch.no_grad():
@@ -194,7 +200,7 @@ BROKEN = {
     "missing in the autoencoder": (lambda t: t.pop("ae_model.decoder.expand_layer.bias"), "decoder.expand_layer.bias is missing"),
     "extra": (lambda t: t.update(surprise=torch.zeros(2)), "surprise is not expected"),
     "misshapen": (lambda t: t.update({"mlp_generator.noise_embd.bias": torch.zeros(3)}), "mlp_generator.noise_embd.bias has the shape (3,)"),
-    "untied": (lambda t: t.update({"ae_model.decoder.lm_head_weight": t["ae_model.encoder.embed_tokens.weight"] + 1}), "the same weights"),
+    "untied": (lambda t: t.update({"ae_model.decoder.lm_head_weight": t["ae_model.encoder.embed_tokens.weight"] + 1}), "decoder.lm_head_weight is not encoder.embed_tokens.weight"),
 }
 
 
@@ -228,7 +234,13 @@ def test_a_broken_safetensors_file_is_one_clear_line(tmp_path, capsys, raw):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("case", ["nothing", "no weights", "no autoencoder", "an autoencoder", "other positions"])
+class Trap:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+@pytest.mark.parametrize("case", ["nothing", "no weights", "no autoencoder", "an autoencoder", "other positions", "a list", "no sizes",
+                                  "weights that are code"])
 def test_a_directory_that_is_not_a_published_model_is_one_clear_line(tmp_path, capsys, case):
     folder = tmp_path / "m"
     if case == "no weights":
@@ -240,10 +252,17 @@ def test_a_directory_that_is_not_a_published_model_is_one_clear_line(tmp_path, c
         publish(folder, weights("autoencoder"), SIZES["ae"])
     elif case == "other positions":
         publish(folder, together(), SIZES["lm"] | {"rope_theta": 500_000})
+    elif case == "a list":
+        publish(folder, together(), [1, 2])
+    elif case == "no sizes":
+        publish(folder, together(), SIZES["lm"] | {"hidden_size": "wide"})
+    elif case == "weights that are code":
+        publish(folder, {"trap": Trap()}, SIZES["lm"], "bin")
     with pytest.raises(SystemExit, match="2"):
         load_official(folder)
-    line = capsys.readouterr().err.strip()
-    assert line.startswith("error: ") and "\n" not in line and str(tmp_path) in line
+    said = capsys.readouterr()
+    line = said.err.strip()
+    assert "code ran" not in said.out + line and line.startswith("error: ") and "\n" not in line and str(tmp_path) in line
 
 
 def test_a_published_model_writes_and_is_evaluated(tmp_path, run, data_dir):
@@ -253,7 +272,7 @@ def test_a_published_model_writes_and_is_evaluated(tmp_path, run, data_dir):
     torch.manual_seed(0)
     ae, c = AutoencoderConfig(513, 4, 8, 16, 24), CALMConfig(513, 4, 8, 32, 48, 2, 4, 1, 10, 16)
     ours = CALM(c, Autoencoder(ae))
-    tensors = {official_name(name, c, ae): value for name, value in ours.state_dict().items()}
+    tensors = {official_name(name, c.head, ae.n_layer): value for name, value in ours.state_dict().items()}
     config = {"vocab_size": 513, "patch_size": 4, "latent_size": 8, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_mlp_layers": 1, "noise_size": 10, "max_position_embeddings": 16}
     folder = publish(tmp_path / "m", tensors, config)
