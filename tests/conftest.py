@@ -7,6 +7,17 @@ import pytest
 import data.prepare
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; runs with -m slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="runs with -m slow"))
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run(module, "--flag", value, ...) -> exit code, stdout, stderr of that script."""

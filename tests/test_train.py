@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,14 @@ def assert_same_weights(a, b, **tolerance):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], msg=lambda m: f"{name}: {m}", **tolerance)
+
+
+def torchrun(processes, *argv):
+    """The command line of a script on so many gloo processes, one thread each."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, argv)]
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 # --- Learning ---------------------------------------------------------------------------------------------------------
@@ -168,6 +177,40 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, n
     assert {k: broken[k] for k in whole} == whole
 
 
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_with_the_same_weights(foxes, data_dir, tmp_path):
+    """SIGKILL at random moments of both stages, half of them while a checkpoint is being written."""
+    command = [sys.executable, ROOT / "train.py", "--data", data_dir / foxes, *TINY, "--ae_max_steps", "150", "--max_steps", "150",
+               "--eval_interval", "4"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ONE_THREAD)
+    subprocess.run([*map(str, command), "--out_dir", tmp_path / "whole"], check=True, **quiet)
+    out, moments, writing = tmp_path / "killed", random.Random(0), 0
+    kills = 0
+    while True:
+        resume = ["--resume"] if list(out.glob("*.pt")) else []
+        process = subprocess.Popen([*map(str, command), "--out_dir", out, *resume], **quiet)
+        before = (out / "log.jsonl").read_bytes() if (out / "log.jsonl").exists() else b""
+        while kills < 20 and process.poll() is None:                          # until it trains
+            if (out / "log.jsonl").exists() and (out / "log.jsonl").read_bytes() != before:
+                break
+            time.sleep(0.01)
+        if kills == 20:
+            assert process.wait() == 0, process.stderr.read()
+            break
+        time.sleep(moments.uniform(0, 0.5))
+        while kills % 2 and process.poll() is None and not list(out.glob("*.tmp")):
+            pass
+        writing += bool(list(out.glob("*.tmp")))
+        assert process.poll() is None, f"ended before the 20 kills: {process.stderr.read()}"
+        process.kill()
+        process.wait()
+        kills += 1
+    assert writing >= 5
+    for stage in ("autoencoder", "calm"):
+        assert_same_weights(weights(tmp_path / "whole" / f"{stage}.pt"), weights(out / f"{stage}.pt"), rtol=0, atol=0)
+        assert losses(out, stage) == losses(tmp_path / "whole", stage)
+
+
 def test_a_finished_autoencoder_is_used_as_it_is(foxes, tmp_path, run):
     """Also with another length asked for: a CALM may have been trained on it. Only --model autoencoder goes on with it."""
     flags, path = ["--data", foxes, "--out_dir", tmp_path / "out", *SHORT], tmp_path / "out" / "autoencoder.pt"
@@ -177,14 +220,6 @@ def test_a_finished_autoencoder_is_used_as_it_is(foxes, tmp_path, run):
     assert path.read_bytes() == before
     assert run(train, *flags, "--model", "autoencoder", "--resume", "--ae_max_steps", "30").code == 0
     assert load_checkpoint(path)["step"] == 30
-
-
-def torchrun(processes, *argv):
-    """The command line of a script on so many gloo processes, one thread each."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, argv)]
-
-
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("model, processes, shard", [("calm", 2, False), ("ar", 2, False), ("calm", 4, True)])
