@@ -1,8 +1,9 @@
 """
 CALM: a language model that predicts the next vector in place of the next token (Shao et al., arXiv 2510.27688).
 
-Read from top to bottom: the Transformer; the energy head and its loss; temperature from samples alone; the two models
-(CALM and its token-by-token baseline AR); generation; what it costs in FLOPs; loading a checkpoint.
+Read from top to bottom: the Transformer; the energy head and its loss; two heads that take many steps (a first reading may
+skip them); temperature from samples alone; the two models (CALM and its token-by-token baseline AR); generation; what it costs
+in FLOPs; loading a checkpoint, and the weights that the authors published.
 
 A training step in five lines:
     chunks of K tokens      -> one input vector each     (CALM.compress)
@@ -712,13 +713,13 @@ def flops_per_token(config, autoencoder=None):
 def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
     """The "calm" or "ar" of a run -> (model in eval mode, checkpoint). Run it under autocast to `dtype`.
 
-    changes: fields of the config to read otherwise than trained (num_evals)."""
+    changes: fields of CALM's config to read otherwise than trained (num_evals)."""
     checkpoint = load_checkpoint(Path(out_dir) / f"{kind}.pt", kind)
-    config = {**checkpoint["config"], **changes}
+    config = checkpoint["config"]
     if kind == "ar":
         model = AR(ARConfig(**config))
     else:
-        model = CALM(CALMConfig(**config), Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"])))
+        model = CALM(CALMConfig(**{**config, **changes}), Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"])))
     model.load_state_dict(checkpoint["model"])
     return cast_matrices(model.to(device).eval(), dtype), checkpoint
 
@@ -768,11 +769,12 @@ def official_name(name, head, ae_layers):
     return name
 
 
-def load_official(folder, device="cpu", dtype=torch.float32):
+def load_official(folder, device="cpu", dtype=torch.float32, **changes):
     """The model in a directory as the authors published it -> CALM in eval mode, with its matrices in `dtype`.
 
     Its autoencoder is looked for in the same files, then in the directory that config.json calls `ae_path`, then in
-    CALM-Autoencoder beside `folder`. On a CPU what lies in the files in the right type stays there: nothing is copied."""
+    CALM-Autoencoder beside `folder`. On a CPU what lies in the files in the right type stays there: nothing is copied.
+    changes: as in `load_model`."""
     folder = Path(folder)
     config, tensors = read_published(folder)
     tied = ("encoder.embed_tokens.weight", "decoder.lm_head_weight")   # one embedding, stored under either name or both
@@ -792,7 +794,7 @@ def load_official(folder, device="cpu", dtype=torch.float32):
         c = CALMConfig(**{ours: int(config[theirs]) for ours, theirs in OFFICIAL_SIZES.items()}, n_noise=int(config.get("noise_size", 64)),
                        num_samples=int(config.get("num_samples", 8)), block_size=min(2048, int(config.get("max_position_embeddings", 2048))),
                        head="energy" if not in_head else "diffusion" if "diffusion" in str(config.get("model_type")) or
-                       len(tensors["generative_head.net.final_layer.linear.bias"]) > int(config["latent_size"]) else "flow")
+                       len(tensors["generative_head.net.final_layer.linear.bias"]) > int(config["latent_size"]) else "flow", **changes)
         layers = sum(name.startswith("encoder.encoder_layers.") and name.endswith("layernorm.weight") for name in tensors)
         ae = AutoencoderConfig(len(embedding), c.chunk_size, c.latent_dim, embedding.shape[1],
                                len(tensors["encoder.encoder_layers.0.mlp.gate_proj.weight"]), layers)

@@ -236,14 +236,14 @@ def main():
         fail("--temperatures must be in (0, 1], --candidates at least 1")
     device = select_device(args.device)
     dtype = select_dtype(args.dtype, device)
+    changes = {"num_evals": args.num_evals} if args.num_evals else {}
     if args.official:
-        if not args.data:
-            fail("--official needs --data, prepared with the tokenizer of the model")
-        model, checkpoint = load_official(args.official, device, dtype), {"step": None}
+        if not args.data or args.model == "ar":
+            fail("--official names a CALM and needs --data, prepared with its tokenizer")
+        model, checkpoint = load_official(args.official, device, dtype, **changes), {"step": None}
         data = load_data(args.data)
         check_vocabulary(model, data.tokenizer)
     else:
-        changes = {"num_evals": args.num_evals} if args.num_evals else {}
         model, checkpoint = load_model(args.out_dir, args.model, device, dtype, **changes)
         data = load_data(args.data or checkpoint["data"]["name"])
         check_tokenizer(checkpoint, data)

@@ -36,6 +36,11 @@ def until_eot(tokens, eot):
     return tokens[:tokens.index(eot)] if eot in tokens else tokens
 
 
+def decode(tokenizer, tokens):
+    """ids -> bytes, without the [PAD] of a published model, which is in no tokenizer."""
+    return tokenizer.decode_bytes([t for t in tokens if t < tokenizer.n_vocab])
+
+
 def main():
     parser = Parser(description="Write text with a trained model.")
     parser.add_argument("--out_dir", default="out/stdlib", help="the run's folder")
@@ -66,17 +71,19 @@ def main():
             fail(f"--{name} must be at least {least}, not {getattr(args, name)}")
     if not 0 <= args.noise_scale <= 1:
         fail(f"--noise_scale must be in [0, 1], not {args.noise_scale}")
+    if args.official and args.model == "ar":
+        fail("--official names a CALM: drop --model ar")
     if args.sampler == "exact" and args.compile:
         fail("--sampler exact takes as many steps as it takes, which --compile cannot: drop one of the two")
 
     device = select_device(args.device)
     dtype = select_dtype(args.dtype, device)
+    changes = {"num_evals": args.num_evals} if args.num_evals else {}
     if args.official:
-        model = load_official(args.official, device, dtype)
+        model = load_official(args.official, device, dtype, **changes)
         tokenizer = get_tokenizer(args.tokenizer or str(Path(args.official) / "tokenizer.model"))
         check_vocabulary(model, tokenizer)
     else:
-        changes = {"num_evals": args.num_evals} if args.num_evals else {}
         model, checkpoint = load_model(args.out_dir, args.model, device, dtype, **changes)
         tokenizer = load_tokenizer(checkpoint)
     eot, K = eot_token(tokenizer), model.chunk_size
@@ -103,19 +110,19 @@ def main():
     decoder = codecs.getincrementaldecoder("utf-8")("replace")   # a character may end in the next chunk
     write = lambda data, final=False: print(decoder.decode(data, final), end="", flush=True)
     texts, began = [[] for _ in range(args.num_samples)], time.time()
-    write(tokenizer.decode_bytes(until_eot(ids, eot)))
+    write(decode(tokenizer, until_eot(ids, eot)))
     with autocast(device, dtype):
         for new in stream(model, prompt, args.max_new_tokens, args.temperature, eot, compiled=args.compile, **sampling):
             for text, tokens in zip(texts, new.tolist()):
                 shown = len(until_eot(text, eot))
                 text += tokens[:args.max_new_tokens - len(text)]
                 if text is texts[0]:   # the first text streams, the others follow when all are done
-                    write(tokenizer.decode_bytes(until_eot(text, eot)[shown:]))
+                    write(decode(tokenizer, until_eot(text, eot)[shown:]))
     write(b"", final=True)
     seconds = time.time() - began
     for text in texts[1:]:
         whole = until_eot(ids, eot) + until_eot(text, eot)
-        print("\n" + "-" * 80 + "\n" + tokenizer.decode_bytes(whole).decode("utf-8", "replace"), end="")
+        print("\n" + "-" * 80 + "\n" + decode(tokenizer, whole).decode("utf-8", "replace"), end="")
     total = sum(len(until_eot(text, eot)) for text in texts)
     print(f"\n[{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s]", file=sys.stderr)
     if calls:

@@ -410,6 +410,7 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "official, nothing there": (sample, ["--official", "nowhere"], "out", "nowhere is not a published model"),
     "negative beta": (train, ["--kl_weight", "-1"], "new", "kl_weight must be in [0"),
     "all tokens masked": (train, ["--token_mask", "1"], "new", "token_mask must be in [0, 1)"),
+    "official baseline": (sample, ["--official", "nowhere", "--model", "ar"], "out", "drop --model ar"),
     "unknown head": (train, ["--head", "softmax"], "new", "--head"),
     "odd evaluations of a flow": (train, ["--head", "flow", "--num_evals", "5"], "new", "num_evals 5"),
     "unknown input": (train, ["--input_mode", "pixels"], "new", "--input_mode"),
@@ -422,7 +423,7 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "brier, odd stride": (eval_brier, ["--stride", "6"], "out", "multiples of the chunk size 4"),
     "brier, long context": (eval_brier, ["--context", "128"], "out", "longer than the model's own"),
     "frontier, temperature 2": (eval_brier, ["--frontier", "--temperatures", "2"], "out", "--temperatures must be in (0, 1]"),
-    "official without data": (eval_brier, ["--official", "nowhere"], "out", "--official needs --data"),
+    "official without data": (eval_brier, ["--official", "nowhere"], "out", "--official names a CALM and needs --data"),
     "brier, short text": (eval_brier, ["--data", "short"], "out", "fewer than one context"),
     "autoencoder of nothing": (autoencoder_script, [], "new", "no checkpoint at"),
     "autoencoder, other vocabulary": (autoencoder_script, ["--data", "other"], "out", "was trained with the tokenizer bytes"),
@@ -451,6 +452,11 @@ def test_an_empty_prompt_and_a_prompt_from_a_file_or_stdin_are_continued(trained
     assert run(sample, *out, "--start", f"FILE:{trained / 'start.txt'}").out.startswith("the quick")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"\xff any bytes")))
     assert run(sample, *out, "--start", "-").out.startswith("\ufffd any bytes")
+
+
+def test_the_baseline_takes_no_notice_of_the_heads_flags(trained, run):
+    assert run(sample, "--out_dir", trained / "out", "--model", "ar", "--num_evals", 4, "--sampler", "exact", "--temperature", 0.5,
+               "--max_new_tokens", 4).code == 0
 
 
 def test_same_seed_same_text_another_seed_another(trained, run):
