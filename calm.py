@@ -445,7 +445,7 @@ def counts(samples):
     return (torch.searchsorted(ordered, key, right=True) - torch.searchsorted(ordered, key)).T
 
 
-def temperature_exact(draw, batch, temperature, max_calls=10_000):
+def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     """Algorithm 1: draw exactly from P^(1/T) / Z with nothing but a sampler of P.
 
     draw(n) -> n samples of each row (n, batch, K); temperature in (0, 1) -> tokens (batch, K), sampler calls (batch,).
@@ -772,18 +772,18 @@ def official_name(name, head, ae_layers):
 def load_official(folder, device="cpu", dtype=torch.float32, **changes):
     """The model in a directory as the authors published it -> CALM in eval mode, with its matrices in `dtype`.
 
-    Its autoencoder is looked for in the same files, then in the directory that config.json calls `ae_path`, then in
-    CALM-Autoencoder beside `folder`. On a CPU what lies in the files in the right type stays there: nothing is copied.
+    Its autoencoder is looked for in the same files, then in the directory that config.json calls `ae_path`, then in one
+    named like CALM-Autoencoder beside `folder`. On a CPU what lies in the files in the right type stays there: nothing is copied.
     changes: as in `load_model`."""
     folder = Path(folder)
     config, tensors = read_published(folder)
     tied = ("encoder.embed_tokens.weight", "decoder.lm_head_weight")   # one embedding, stored under either name or both
     if not any(name.endswith(tied) for name in tensors):
         path = str(config.get("ae_path", ""))
-        places = [Path(path), folder / path, folder.parent / Path(path).name, folder.parent / "CALM-Autoencoder"]
+        places = [Path(path), folder / path, folder.parent / Path(path).name, *sorted(folder.parent.glob("*[Aa]utoencoder*"))]
         place = next((p for p in places if p != folder and (p / "config.json").is_file()), None)
         if place is None:
-            fail(f"no autoencoder in {folder} or beside it: put the published CALM-Autoencoder at {places[-1]}")
+            fail(f"no autoencoder in {folder} or beside it: put the published CALM-Autoencoder at {folder.parent / 'CALM-Autoencoder'}")
         tensors |= read_published(place)[1]
     try:
         prefix = next(name.removesuffix(end) for end in tied for name in tensors if name.endswith(end))
