@@ -81,11 +81,13 @@ def test_energy_score_equals_the_double_sum():
         torch.testing.assert_close(energy_score(x, y, alpha), (2 * to_targets - sum(pairs) / 20).float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_energy_score_has_a_finite_gradient_where_points_meet(alpha):
-    x = torch.zeros(4, 2, 3, requires_grad=True)
-    energy_score(x, torch.zeros(5, 2, 3), alpha).sum().backward()
-    assert x.grad.isfinite().all()
+def test_energy_score_has_a_finite_gradient_where_points_meet(alpha, dtype):
+    x = torch.zeros(4, 2, 3, dtype=dtype, requires_grad=True)
+    loss = energy_score(x, torch.zeros(5, 2, 3, dtype=dtype), alpha)
+    loss.sum().backward()
+    assert loss.isfinite().all() and x.grad.isfinite().all()
 
 
 def test_distances_have_the_gradient_of_the_norm():

@@ -93,6 +93,18 @@ def test_muon_auxiliary_loss_accumulation_and_bfloat16_train(foxes, tmp_path, ru
     assert curve[15] < curve[1]
 
 
+@pytest.mark.slow
+def test_every_precision_trains_to_the_same_loss(foxes, tmp_path, run):
+    """float16 with its gradient scaler, bfloat16 and float32: the same autoencoder and CALM, within a few per cent."""
+    last = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert run(train, "--data", foxes, "--out_dir", tmp_path / dtype, *SHORT, "--ae_max_steps", 60, "--max_steps", 60,
+                   "--ae_lr", 3e-3, "--lr", 1e-3, "--dtype", dtype).code == 0
+        last[dtype] = [losses(tmp_path / dtype, stage)[60] for stage in ("autoencoder", "calm")]
+        assert last[dtype] == pytest.approx(last["float32"], rel=0.05)
+    assert losses(tmp_path / "float16", "autoencoder")[1] > 2 * last["float16"][0]
+
+
 def test_the_baseline_gets_the_training_flops_of_the_run_it_is_matched_to(foxes, tmp_path, run):
     out = tmp_path / "out"
     assert run(train, "--data", foxes, "--out_dir", out, *SHORT).code == 0
