@@ -13,7 +13,8 @@ Shapes: K tokens in a chunk, V vocabulary, H width, L latent size; (...) any lea
 import json
 import math
 import os
-from contextlib import nullcontext
+import zipfile
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.prepare import Parser, fail, fingerprint_tokenizer, get_tokenizer, load_data
+from data.prepare import Parser, fail, fingerprint_tokenizer, get_tokenizer, load_data, within
 
 
 @dataclass
@@ -76,34 +77,34 @@ class ResidualBlock(nn.Module):
     """x + SwiGLU(RMSNorm(x)): all that the autoencoder is made of."""
     def __init__(self, config):
         super().__init__()
-        self.norm = RMSNorm(config.n_embd)
+        self.layernorm = RMSNorm(config.n_embd)
         self.mlp = SwiGLU(config.n_embd, config.n_ff)
 
     def forward(self, x):
-        return x + self.mlp(self.norm(x))
+        return x + self.mlp(self.layernorm(x))
 
 
 class Encoder(nn.Module):
+    """K tokens -> mean, log_std. The first half of the blocks sees single tokens, the second half the whole chunk."""
     def __init__(self, config):
         super().__init__()
-        K, H = config.chunk_size, config.n_embd
-        self.mask_prob = config.token_mask
-        self.embed = nn.Embedding(config.vocab_size, H)
-        self.token_blocks = nn.Sequential(*[ResidualBlock(config) for _ in range(config.n_layer // 2)])
-        self.squeeze = nn.Linear(K * H, H)
-        self.chunk_blocks = nn.Sequential(*[ResidualBlock(config) for _ in range(config.n_layer - config.n_layer // 2)])
+        H = config.n_embd
+        self.mask_prob, self.half = config.token_mask, config.n_layer // 2
+        self.embed_tokens = nn.Embedding(config.vocab_size, H)
+        self.encoder_layers = nn.Sequential(*[ResidualBlock(config) for _ in range(config.n_layer)])
+        self.squeeze_layer = nn.Linear(config.chunk_size * H, H)
         self.norm = RMSNorm(H)
-        self.to_latent = nn.Linear(H, 2 * config.latent_dim)
+        self.hidden_to_latent = nn.Linear(H, 2 * config.latent_dim)
 
     def forward(self, chunks):
-        x = self.embed(chunks)                                                # (..., K, H)
+        x = self.embed_tokens(chunks)                                         # (..., K, H)
         if self.training and self.mask_prob:
             # Masked tokens become the zero vector, which no token has. (The authors use token 0, a real token.)
             x = x * (torch.rand(chunks.shape, device=x.device) >= self.mask_prob).unsqueeze(-1)
-        x = self.token_blocks(x)
-        x = self.squeeze(x.flatten(-2))                                       # (..., K*H) -> (..., H)
-        x = self.chunk_blocks(x)
-        mean, log_std = self.to_latent(self.norm(x)).chunk(2, dim=-1)         # (..., L) each
+        x = self.encoder_layers[:self.half](x)
+        x = self.squeeze_layer(x.flatten(-2))                                 # (..., K*H) -> (..., H)
+        x = self.encoder_layers[self.half:](x)
+        mean, log_std = self.hidden_to_latent(self.norm(x)).chunk(2, dim=-1)  # (..., L) each
         return mean, log_std
 
 
@@ -112,17 +113,16 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         K, H = config.chunk_size, config.n_embd
-        self.K = K
-        self.from_latent = nn.Linear(config.latent_dim, H)
-        self.chunk_blocks = nn.Sequential(*[ResidualBlock(config) for _ in range(config.n_layer - config.n_layer // 2)])
-        self.expand = nn.Linear(H, K * H)
-        self.token_blocks = nn.Sequential(*[ResidualBlock(config) for _ in range(config.n_layer // 2)])
+        self.K, self.half = K, config.n_layer - config.n_layer // 2
+        self.latent_to_hidden = nn.Linear(config.latent_dim, H)
+        self.decoder_layers = nn.Sequential(*[ResidualBlock(config) for _ in range(config.n_layer)])
+        self.expand_layer = nn.Linear(H, K * H)
         self.norm = RMSNorm(H)
 
     def forward(self, z, embedding):
-        x = self.chunk_blocks(self.from_latent(z))                            # (..., L) -> (..., H)
-        x = self.expand(x).unflatten(-1, (self.K, -1))                        # (..., K, H)
-        x = self.norm(self.token_blocks(x))
+        x = self.decoder_layers[:self.half](self.latent_to_hidden(z))         # (..., L) -> (..., H)
+        x = self.expand_layer(x).unflatten(-1, (self.K, -1))                  # (..., K, H)
+        x = self.norm(self.decoder_layers[self.half:](x))
         return F.linear(x, embedding)                                         # logits (..., K, V)
 
 
@@ -140,7 +140,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, z):
         """Vectors z (..., L) -> logits (..., K, V)."""
-        return self.decoder(z, self.encoder.embed.weight)
+        return self.decoder(z, self.encoder.embed_tokens.weight)
 
     def loss(self, tokens):
         """The training objective (section 2.2) for token ids (..., T*K) -> scalar, metrics.
@@ -202,7 +202,8 @@ def autocast(device, dtype):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write to a temporary file, then rename: `path` is whole at every moment, also when the disk is full."""
+    """Write to a temporary file, then rename: `path` is whole at every moment, also when the disk is full. The checkpoint
+    before it stays under another name."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -211,11 +212,20 @@ def save_checkpoint(path, checkpoint):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            with suppress(OSError):   # a file system without hard links keeps no previous one
+                previous(path).unlink(missing_ok=True)
+                os.link(path, previous(path))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:   # torch's writer reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         kept = "the previous checkpoint is intact" if path.exists() else "nothing was saved"
         fail(f"could not save {path} ({str(error).splitlines()[0]}); {kept}: free some space, then --resume")
+
+
+def previous(path):
+    return path.with_name(f"{path.stem}.previous.pt")
 
 
 def load_checkpoint(path, kind=None):
@@ -224,10 +234,16 @@ def load_checkpoint(path, kind=None):
     if not path.is_file():
         fail(f"no checkpoint at {path}: train one with `python train.py --model {path.stem} --out_dir {path.parent}`")
     try:
+        with zipfile.ZipFile(path) as archive:   # what torch.save writes, with a checksum of every part
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"]
     except Exception as error:
-        fail(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): delete it and train again")
+        way_out = (f"rename {previous(path).name} to {path.name} to go on from the one before" if previous(path).is_file() else
+                   "delete it and train again")
+        fail(f"{path} is not a whole checkpoint of this project ({type(error).__name__}: "
+             f"{' '.join(str(error).split())[:150]}): {way_out}")
     if kind and found != kind:
         fail(f"{path} holds a model of kind {found!r}, expected {kind!r}")
     return checkpoint
@@ -334,14 +350,12 @@ def main():
     parser = Parser(description="How faithful, how robust is the latent space of an autoencoder?")
     parser.add_argument("--out_dir", default="out/stdlib", help="the run's folder, with autoencoder.pt")
     parser.add_argument("--data", help="data set under data/; None: the one it was trained on")
-    parser.add_argument("--windows", type=int, default=256, help="validation windows of 512 tokens to measure on")
-    parser.add_argument("--neighbours", type=int, default=5, help="chunks to show the nearest neighbours of")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--windows", type=within(1), default=256, help="validation windows of 512 tokens to measure on")
+    parser.add_argument("--neighbours", type=within(0), default=5, help="chunks to show the nearest neighbours of")
+    parser.add_argument("--seed", type=within(0), default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on a line")
     args = parser.parse_args()
-    if args.windows < 1 or args.neighbours < 0:
-        fail("--windows must be at least 1 and --neighbours at least 0")
     device = select_device(args.device)
     checkpoint = load_checkpoint(Path(args.out_dir) / "autoencoder.pt", "autoencoder")
     model = load_autoencoder(checkpoint).to(device)

@@ -1,12 +1,12 @@
 """
 CALM: a language model that predicts the next vector in place of the next token (Shao et al., arXiv 2510.27688).
 
-Read from top to bottom: the Transformer; the energy head and its loss; two heads that take many steps (a first reading may
-skip them); temperature from samples alone; the two models (CALM and its token-by-token baseline AR); generation; what it costs
-in FLOPs; loading a checkpoint, and the weights that the authors published.
+Read from top to bottom: the Transformer; the energy head and its loss; two heads that take many steps (a first reading
+may skip them); temperature from samples alone; the two models (CALM and its token-by-token baseline AR); generation; what
+it costs in FLOPs; loading a checkpoint, and the weights that the authors published (layers have the names of theirs).
 
 A training step in five lines:
-    chunks of K tokens      -> one input vector each     (CALM.compress)
+    chunks of K tokens      -> one input vector each     (CALM.inputs)
     input vectors           -> hidden states h_t         (Transformer)
     h_t and noise           -> N samples of z_{t+1}      (EnergyHead: one step, no likelihood)
     chunk t+1               -> M samples of z_{t+1}      (the frozen autoencoder's posterior)
@@ -17,6 +17,7 @@ M target samples, P positions (B and T flattened). tokens (B, T*K), h (B, T, D),
 """
 import math
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,8 +25,10 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder import Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check_sizes, init_weights, load_checkpoint, read_published
+from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check_sizes, init_weights, load_checkpoint,
+                         read_published)
 from data.prepare import fail
 
 
@@ -44,16 +47,16 @@ class CALMConfig:
     num_samples: int = 8           # N: head samples a position
     num_targets: int = 100         # M: target samples a position
     alpha: float = 1.0             # exponent of the energy score, in (0, 2)
-    input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # what the Transformer reads: embeddings, latents
+    input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # what it reads: embeddings, latents
     head: Literal["energy", "flow", "diffusion"] = "energy"   # generative head
     num_evals: int = 0             # network evaluations a sample; 0: the paper's, 1 (energy), 20 (flow) or 100 (diffusion)
-    aux_weight: float = 0.0        # departure from the paper: weight of a next-chunk cross-entropy read from h; unused at inference
+    aux_weight: float = 0.0        # departure: weight of a next-chunk cross-entropy read from h; unused at inference
 
     def __post_init__(self):
         self.num_evals = self.num_evals or {"energy": 1, "flow": 20, "diffusion": 100}[self.head]
         check_heads(self)
-        if self.head == "energy" and self.num_evals > 1 or self.head == "flow" and self.num_evals % 2 or self.num_evals > 1000:
-            fail(f"num_evals {self.num_evals}: the energy head takes 1, flow an even number (midpoint steps), diffusion up to 1000")
+        if self.num_evals > {"energy": 1, "flow": 1000, "diffusion": 1000}[self.head] or self.head == "flow" and self.num_evals % 2:
+            fail(f"num_evals {self.num_evals}: energy takes 1, flow an even number (midpoint steps), diffusion up to 1000")
         if self.num_samples < 2:
             fail(f"num_samples must be at least 2 (the energy score compares samples), not {self.num_samples}")
         if not 0 < self.alpha < 2:
@@ -102,24 +105,11 @@ class KVCache:
         self.length = 0     # positions filled; setting it lower forgets the positions after it
         self.layers = {}    # layer -> (2, B, nh, block_size, hs)
 
-    def update(self, layer, k, v, position=None):
-        """Store k, v (B, nh, T, hs) of `layer` -> keys and values to attend to, and a mask of them or None.
-
-        After the filled positions; or, for one position given as a tensor (1,), there: with all block_size positions to
-        attend to, the empty ones masked off, so that every step has the same shapes (what a CUDA graph needs)."""
-        B, nh, T, hs = k.shape
-        if layer not in self.layers:
-            self.layers[layer] = k.new_zeros(2, B, nh, self.block_size, hs)   # not empty: a NaN stays one under a mask
-        store = self.layers[layer]
-        if position is not None:
-            store.index_copy_(3, position, torch.stack([k, v]))
-            return store[0], store[1], torch.arange(self.block_size, device=k.device)[None] <= position
-        end = self.length + T
-        store[0, :, :, self.length:end], store[1, :, :, self.length:end] = k, v
-        mask = None
-        if 1 < T < end:   # several new positions after cached ones: row i sees the cached and the first i new
-            mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(end - T)
-        return store[0, :, :, :end], store[1, :, :, :end], mask
+    def write(self, layer, at, k, v):
+        """Store k, v (B, nh, T, hs) of `layer` at positions `at` (T,) -> all its keys and values, the empty ones too."""
+        if layer not in self.layers:   # zeros: what happens to be in memory may be NaN, and stays NaN under a mask
+            self.layers[layer] = k.new_zeros(2, *k.shape[:2], self.block_size, k.shape[3])
+        return self.layers[layer].index_copy_(3, at, torch.stack([k, v]))
 
 
 class Attention(nn.Module):
@@ -127,36 +117,32 @@ class Attention(nn.Module):
         super().__init__()
         D = config.n_embd
         self.layer, self.n_head = layer, config.n_head
-        self.q_proj = nn.Linear(D, D, bias=False)
-        self.k_proj = nn.Linear(D, D, bias=False)
-        self.v_proj = nn.Linear(D, D, bias=False)
-        self.o_proj = nn.Linear(D, D, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
 
-    def forward(self, x, cos, sin, cache=None, position=None):
+    def forward(self, x, cos, sin, cache=None, at=None, mask=None):
         q, k, v = (proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)   # (B, nh, T, hs)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if x.device.type == "cpu":
-            v = v.float()   # attention on a CPU is no slower in float32 than in bfloat16, and for a single query several times faster
+            v = v.float()   # a CPU's attention is no slower in float32 than in bfloat16, for a single query much faster
         q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
-        mask = None
         if cache is not None:
-            k, v, mask = cache.update(self.layer, k, v, position)
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
+            k, v = cache.write(self.layer, at, k, v)[..., :mask.shape[1], :]
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).flatten(-2))                     # (B, T, D)
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.attn_norm = RMSNorm(config.n_embd)
-        self.attn = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.n_embd)
+        self.input_layernorm = RMSNorm(config.n_embd)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.n_embd)
         self.mlp = SwiGLU(config.n_embd, config.n_ff)
 
-    def forward(self, x, cos, sin, cache=None, position=None):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache, position)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x, *positions):
+        x = x + self.self_attn(self.input_layernorm(x), *positions)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
@@ -164,46 +150,51 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.block_size = config.block_size
-        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.norm = RMSNorm(config.n_embd)
         cos, sin = rotary_tables(config.n_embd // config.n_head, config.block_size)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x, cache=None, position=None):
-        """`position`: where a single vector stands, as a tensor (1,); then it is the caller who counts cache.length."""
+        """With a cache, x goes on where the cache ends. `position`: where a single vector stands, as a tensor (1,): the
+        step then has the same shapes everywhere (what a CUDA graph needs), and it is the caller who counts cache.length."""
         if position is None:
             start = cache.length if cache is not None else 0
-            end = start + x.shape[1]
+            end = start + x.shape[1]                                          # attend to positions 0 .. end - 1
             if end > self.block_size:
                 raise ValueError(f"{end} positions, but the context is {self.block_size}")
-        where = position if position is not None else slice(start, end)
-        for block in self.blocks:
-            x = block(x, self.cos[where], self.sin[where], cache, position)
-        if cache is not None and position is None:
-            cache.length = end
+            position = torch.arange(start, end, device=x.device)              # (T,)
+            if cache is not None:
+                cache.length = end
+        else:
+            end = self.block_size
+        mask = None if cache is None else torch.arange(end, device=x.device) <= position[:, None]   # (T, end)
+        for layer in self.layers:
+            x = layer(x, self.cos[position], self.sin[position], cache, position, mask)
         return self.norm(x)
 
 
 # --- The energy head (section 3.2): h and noise -> z, in one step -----------------------------------------------------
 
 class EnergyBlock(nn.Module):
-    """x + Linear4(silu(g) * u), where g, u come from a three-layer MLP on [LayerNorm(x), c]."""
+    """x + down_proj(silu(g) * u), where g, u come from a three-layer MLP on [LayerNorm(x), c]."""
     def __init__(self, D):
         super().__init__()
-        self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.linear1 = nn.Linear(2 * D, D)
-        self.linear2 = nn.Linear(D, D)
-        self.linear3 = nn.Linear(D, 2 * D)
-        self.linear4 = nn.Linear(D, D)
+        self.in_ln = nn.LayerNorm(D, eps=1e-6)
+        self.linears = nn.Sequential(nn.Linear(2 * D, D), nn.SiLU(), nn.Linear(D, D), nn.SiLU(), nn.Linear(D, 2 * D))
+        self.down_proj = nn.Linear(D, D)
 
     def forward(self, x, c):
-        # linear1([LayerNorm(x), c]) in two halves: c (..., D) is the same for all N samples of x (N, ..., D), so its
-        # half is computed once and not N times.
-        of_x, of_c = self.linear1.weight.chunk(2, dim=1)                      # (D, D) each
-        y = F.linear(self.norm(x), of_x) + F.linear(c, of_c, self.linear1.bias)
-        g, u = self.linear3(F.silu(self.linear2(F.silu(y)))).chunk(2, dim=-1)
-        return x + self.linear4(F.silu(g) * u)
+        # The first linear of [LayerNorm(x), c] in two halves: c (..., D) is the same for all N samples of x (N, ..., D),
+        # so its half is computed once and not N times.
+        first, *rest = self.linears
+        of_x, of_c = first.weight.chunk(2, dim=1)                             # (D, D) each
+        y = F.linear(self.in_ln(x), of_x) + F.linear(c, of_c, first.bias)
+        for layer in rest:
+            y = layer(y)
+        g, u = y.chunk(2, dim=-1)
+        return x + self.down_proj(F.silu(g) * u)
 
 
 class EnergyHead(nn.Module):
@@ -212,27 +203,27 @@ class EnergyHead(nn.Module):
         super().__init__()
         self.config = config
         D = config.n_embd
-        self.noise_embed = nn.Linear(config.n_noise, D)
-        self.noise_norm = nn.LayerNorm(D, eps=1e-6)
-        self.context_embed = nn.Linear(D, D)
-        self.context_norm = nn.LayerNorm(D, eps=1e-6)
-        self.blocks = nn.ModuleList([EnergyBlock(D) for _ in range(config.n_head_layer)])
-        self.out_norm = nn.LayerNorm(D, eps=1e-6)
-        self.out1 = nn.Linear(D, D)
-        self.out2 = nn.Linear(D, config.latent_dim)
+        self.noise_embd = nn.Linear(config.n_noise, D)
+        self.norm_noise = nn.LayerNorm(D, eps=1e-6)
+        self.hidden_embd = nn.Linear(D, D)
+        self.norm_hidden = nn.LayerNorm(D, eps=1e-6)
+        self.mlp_blocks = nn.ModuleList([EnergyBlock(D) for _ in range(config.n_head_layer)])
+        self.final_layer = nn.Sequential(OrderedDict(
+            in_ln=nn.LayerNorm(D, eps=1e-6),
+            linears=nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, config.latent_dim))))
 
     def start_at_zero(self):
-        nn.init.zeros_(self.out2.weight)   # the first samples are all zero, and so are their gradients into h
+        nn.init.zeros_(self.final_layer.linears[2].weight)   # the first samples are all zero, and so are their gradients into h
 
     def sample(self, h, n, noise=None, noise_scale=1.0):
         """n samples given h (..., D) -> z (n, ..., L). `noise` (n, ..., n_noise): default U[-0.5, 0.5] * noise_scale."""
         if noise is None:
             noise = noise_scale * (torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5)
-        x = self.noise_norm(self.noise_embed(noise))                          # (n, ..., D)
-        c = self.context_norm(self.context_embed(h))                          # (..., D)
-        for block in self.blocks:
+        x = self.norm_noise(self.noise_embd(noise))                           # (n, ..., D)
+        c = self.norm_hidden(self.hidden_embd(h))                             # (..., D)
+        for block in self.mlp_blocks:
             x = block(x, c)
-        return self.out2(F.silu(self.out1(self.out_norm(x))))                 # (n, ..., L)
+        return self.final_layer(x)                                            # (n, ..., L)
 
     def loss(self, h, mean, log_std):
         """Energy loss of each position: h (P, D), posterior mean and log_std (P, L) of the chunk to come -> (P,)."""
@@ -283,65 +274,72 @@ class AdaLNBlock(nn.Module):
     """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), where the condition y gives shift, scale and gate."""
     def __init__(self, D):
         super().__init__()
-        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.in_ln = nn.LayerNorm(D, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
 
     def forward(self, x, y):
-        shift, scale, gate = self.modulation(y).chunk(3, dim=-1)
-        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
 
 
 class TimeNet(nn.Module):
     """(x_t, t, h) -> `out` numbers: the network of both heads, the design of MAR's diffusion head (Li et al., 2024)."""
     def __init__(self, config, out):
         super().__init__()
+        self.config = config
         D = config.n_embd
         self.time_embed = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
-        self.context_embed = nn.Linear(D, D)
-        self.input = nn.Linear(config.latent_dim, D)
-        self.blocks = nn.ModuleList([AdaLNBlock(D) for _ in range(config.n_head_layer)])
-        self.out_norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
-        self.out_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
-        self.out = nn.Linear(D, out)
+        self.cond_embed = nn.Linear(D, D)
+        self.input_proj = nn.Linear(config.latent_dim, D)
+        self.res_blocks = nn.ModuleList([AdaLNBlock(D) for _ in range(config.n_head_layer)])
+        self.final_layer = nn.ModuleDict({"adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D)),
+                                          "linear": nn.Linear(D, out)})
 
     def start_at_zero(self):
         """At first no block does anything, and the output is zero."""
-        for layer in (*(block.modulation[1] for block in self.blocks), self.out_modulation[1], self.out):
-            nn.init.zeros_(layer.weight)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or "final_layer" in name:
+                nn.init.zeros_(parameter)
 
     def forward(self, x, t, h):
         """x (..., L), t (...) in 0 .. 999, h (..., D) -> (..., out), in float32"""
         frequency = 10000.0 ** (-torch.arange(128, device=x.device) / 128)
         angle = t[..., None] * frequency                                      # (..., 128)
-        y = self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1)) + self.context_embed(h)
-        x = self.input(x)
-        for block in self.blocks:
+        y = self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1)) + self.cond_embed(h)
+        x = self.input_proj(x)
+        for block in self.res_blocks:
             x = block(x, y)
-        shift, scale = self.out_modulation(y).chunk(2, dim=-1)
-        return self.out(self.out_norm(x) * (1 + scale) + shift).float()
+        shift, scale = self.final_layer["adaLN_modulation"](y).chunk(2, dim=-1)
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return self.final_layer["linear"](x).float()
+
+    def noisy_start(self, h, n, noise_scale):
+        return noise_scale * torch.randn(n, *h.shape[:-1], self.config.latent_dim, device=h.device)
+
+    def targets(self, mean, log_std):
+        """A draw of z for each of the N times at which each position is trained -> (N, P, L)."""
+        return mean + log_std.exp() * torch.randn(self.config.num_samples, *mean.shape, device=mean.device)
 
 
 class FlowHead(TimeNet):
     """Flow matching: a velocity that carries noise x_0 to z along the straight line x_t = (1 - t) x_0 + t z."""
     def __init__(self, config):
         super().__init__(config, config.latent_dim)
-        self.config = config
 
     def velocity(self, x, t, h):
         return self(x, (1000 * t).floor(), h)   # the network counts time in thousandths, as the authors' does
 
     def loss(self, h, mean, log_std):
         """Squared error of the velocity z - x_0 at N random times of each position, averaged over dimensions -> (P,)."""
-        N, P, device = self.config.num_samples, len(h), h.device
-        z = mean + log_std.exp() * torch.randn(N, *mean.shape, device=device)  # (N, P, L)
-        noise, t = torch.randn_like(z), torch.rand(N, P, device=device)
+        z = self.targets(mean, log_std)
+        noise, t = torch.randn_like(z), torch.rand(z.shape[:2], device=z.device)
         x_t = torch.lerp(noise, z, t[..., None])
         return (self.velocity(x_t, t, h) - (z - noise)).square().mean(-1).mean(0)
 
     def sample(self, h, n, noise=None, noise_scale=1.0):
         """n samples given h (..., D) -> z (n, ..., L), by num_evals / 2 midpoint steps. `noise` (n, ..., L): default N(0, 1)."""
-        x = noise_scale * torch.randn(n, *h.shape[:-1], self.config.latent_dim, device=h.device) if noise is None else noise
+        x = self.noisy_start(h, n, noise_scale) if noise is None else noise
         times = torch.linspace(0, 1, self.config.num_evals // 2 + 1, device=h.device)
         for t, step in zip(times[:-1], times.diff()):
             middle = x + step / 2 * self.velocity(x, t.expand(x.shape[:-1]), h)
@@ -355,59 +353,54 @@ class DiffusionHead(TimeNet):
     The network predicts the noise and, between two bounds, the log-variance of each step (Nichol and Dhariwal, 2021)."""
     def __init__(self, config):
         super().__init__(config, 2 * config.latent_dim)
-        self.config = config
-        schedule = (torch.arange(1001, dtype=torch.float64, device="cpu") / 1000 + 0.008) / 1.008 * math.pi / 2
-        beta = (1 - schedule[1:].cos() ** 2 / schedule[:-1].cos() ** 2).clamp_max(0.999)   # the cosine schedule
+        angle = (torch.arange(1001, dtype=torch.float64, device="cpu") / 1000 + 0.008) / 1.008 * math.pi / 2
+        beta = (1 - angle[1:].cos() ** 2 / angle[:-1].cos() ** 2).clamp_max(0.999)   # the cosine schedule
         self.a = (1 - beta).cumprod(0)                                        # (1000,): how much of z is left
         self.register_buffer("table", self.coefficients(self.a), persistent=False)
 
     @staticmethod
     def coefficients(a):
         """Of each step t with a_t (steps,), as rows: sqrt(a), sqrt(1 - a), the weights of z and x_t in the mean of
-        q(x_{t-1} | x_t, z), the log-variance of q(x_{t-1} | x_t, z) and of q(x_t | x_{t-1})."""
+        q(x_{t-1} | x_t, z), the log-variance of q(x_{t-1} | x_t, z) and of q(x_t | x_{t-1}) -> (6, steps)."""
         before = F.pad(a[:-1], (1, 0), value=1.0)                             # a_{t-1}
         beta = 1 - a / before
         variance = beta * (1 - before) / (1 - a)
         variance[0] = variance[min(1, len(a) - 1)] or beta[0]                 # the last step's is 0: it has no logarithm
-        return torch.stack([a.sqrt(), (1 - a).sqrt(), before.sqrt() * beta / (1 - a), (1 - beta).sqrt() * (1 - before) / (1 - a),
-                            variance.log(), beta.log()]).float()
+        return torch.stack([a.sqrt(), (1 - a).sqrt(), before.sqrt() * beta / (1 - a),
+                            (1 - beta).sqrt() * (1 - before) / (1 - a), variance.log(), beta.log()]).float()
 
     def step_back(self, x_t, z, v, row):
         """p(x_{t-1} | x_t) -> mean, log-variance; `row` of the coefficients, (6, ..., 1)."""
-        frac = (v + 1) / 2
-        return row[2] * z + row[3] * x_t, frac * row[5] + (1 - frac) * row[4]
+        return row[2] * z + row[3] * x_t, torch.lerp(row[4], row[5], (v + 1) / 2)
 
     def terms(self, z, noise, t, h):
-        """The two parts of the loss (...) at times t (...): the squared error of the noise, and the bits of the step back,
-        through which only the variance learns."""
+        """The two parts of the loss (...) at times t (...): the squared error of the noise, and the bits of the step
+        back, through which only the variance learns."""
         row = self.table[:, t][..., None]                                     # (6, ..., 1)
         x_t = row[0] * z + row[1] * noise
         predicted, v = self(x_t, t, h).chunk(2, dim=-1)
         true_mean = row[2] * z + row[3] * x_t
-        z_predicted = (x_t - row[1] * predicted.detach()) / row[0]
-        mean, log_var = self.step_back(x_t, z_predicted, v, row)
+        mean, log_var = self.step_back(x_t, (x_t - row[1] * predicted.detach()) / row[0], v, row)
         kl = (log_var - row[4] - 1 + (row[4] - log_var).exp() + (true_mean - mean) ** 2 * (-log_var).exp()) / 2
-        # The last step (t = 0) is scored by the density of z itself.
-        nll = (math.log(2 * math.pi) + log_var + (z - mean) ** 2 * (-log_var).exp()) / 2
+        nll = (math.log(2 * math.pi) + log_var + (z - mean) ** 2 * (-log_var).exp()) / 2   # the last step: the density of z
         bits = torch.where((t == 0)[..., None], nll, kl).mean(-1) / math.log(2)
         return (noise - predicted).square().mean(-1), bits
 
     def loss(self, h, mean, log_std):
         """Both terms at N random times of each position -> (P,)."""
-        N, P, device = self.config.num_samples, len(h), h.device
-        z = mean + log_std.exp() * torch.randn(N, *mean.shape, device=device)  # (N, P, L)
-        t = torch.randint(1000, (N, P), device=device)
+        z = self.targets(mean, log_std)
+        t = torch.randint(1000, z.shape[:2], device=z.device)
         return sum(self.terms(z, torch.randn_like(z), t, h)).mean(0)
 
     def sample(self, h, n, noise=None, noise_scale=1.0):
         """n samples given h (..., D) -> z (n, ..., L), by num_evals steps spread over the 1000. `noise` (n, ..., L)."""
-        x = noise_scale * torch.randn(n, *h.shape[:-1], self.config.latent_dim, device=h.device) if noise is None else noise
+        x = self.noisy_start(h, n, noise_scale) if noise is None else noise
         times = torch.linspace(999, 0, self.config.num_evals).round().long().flip(0)
         table = self.coefficients(self.a[times]).to(h.device)
         for i in reversed(range(len(times))):
             row, t = table[:, i], times[i].to(h.device)
             predicted, v = self(x, t.expand(x.shape[:-1]), h).chunk(2, dim=-1)
-            z = ((x - row[1] * predicted) / row[0]).clamp(-10, 10)            # at t = 999 row[0] is 5e-5: no vector lies so far out
+            z = ((x - row[1] * predicted) / row[0]).clamp(-10, 10)            # at t = 999 row[0] is 5e-5: no z is so far out
             x, log_var = self.step_back(x, z, v, row)
             if i:
                 x = x + noise_scale * (log_var / 2).exp() * torch.randn_like(x)
@@ -425,8 +418,8 @@ def temperature_batch(samples, temperature):
     samples (N, batch, K), temperature in (0, 1] -> tokens (batch, K).
     With s = 1/T = n, a chunk seen c times has C(c, n) ways of being drawn n times running, which is what P^n weighs. If
     no chunk was seen n times, the algorithm tries n - 1, n - 2, ...: that is, s is cut to the largest count. For any T, C
-    is taken through the Gamma function: C(c, s) = G(c+1) / (G(s+1) G(c-s+1)) grows as c^s / G(s+1), and c / N goes to P, so
-    the choice goes to P^s as N grows. Each of a chunk's c copies carries C(c, s) / c: drawing a copy draws the chunk.
+    is taken through the Gamma function: C(c, s) = G(c+1) / (G(s+1) G(c-s+1)) grows as c^s / G(s+1), and c / N goes to P,
+    so the choice goes to P^s as N grows. Each of a chunk's c copies carries C(c, s) / c: drawing a copy draws the chunk.
     """
     count = counts(samples).float()                                           # c of each copy's chunk, (N, batch)
     s = count.amax(0).clamp_max(1 / temperature)                              # (batch,)
@@ -449,9 +442,9 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     """Algorithm 1: draw exactly from P^(1/T) / Z with nothing but a sampler of P.
 
     draw(n) -> n samples of each row (n, batch, K); temperature in (0, 1) -> tokens (batch, K), sampler calls (batch,).
-    1/T = n + a. n equal samples in a row are a draw from P^n. To weigh it by P^a too, sample on: at sample i accept if it is
-    the same chunk again, else start over with probability a/i. Every row walks through its own samples at its own pace. One
-    that is not done after max_calls takes Algorithm 2's choice of 200 more: it is told by calls > max_calls.
+    1/T = n + a. n equal samples in a row are a draw from P^n. To weigh it by P^a too, sample on: at sample i accept if it
+    is the same chunk again, else start over with probability a/i. Every row walks through its own samples at its own pace.
+    One that is not done after max_calls takes Algorithm 2's choice of 200 more: it is told by calls > max_calls.
     """
     n = math.floor(1 / temperature)
     a = 1 / temperature - n
@@ -483,7 +476,7 @@ def expected_calls(samples, temperature):
     """Theorem 2: what a draw by Algorithm 1 costs, (n + 1[a > 0] sum_x P(x)^(s-1)) / sum_x P(x)^s with s = 1/T = n + a, if
     P is how often each chunk occurs in samples (N, batch, K) -> (batch,). Chunks too rare to occur twice cost more."""
     s = 1 / temperature
-    p = counts(samples).double() / len(samples)                               # of each copy: 1/p of them make a chunk's sum
+    p = counts(samples).float() / len(samples)                                # of each copy: 1/p of them make a chunk's sum
     second = (p ** (s - 2)).mean(0) if s % 1 else 0
     return (math.floor(s) + second) / (p ** (s - 1)).mean(0)
 
@@ -494,26 +487,23 @@ class CALM(nn.Module):
     def __init__(self, config, autoencoder):
         super().__init__()
         c, K, D = config, config.chunk_size, config.n_embd
-        ae = autoencoder.config
         for name in ("vocab_size", "chunk_size", "latent_dim"):
-            if getattr(c, name) != getattr(ae, name):
-                fail(f"the model's {name} is {getattr(c, name)}, but its autoencoder's is {getattr(ae, name)}")
-        self.config, self.chunk_size = config, K
-        self.autoencoder = autoencoder.requires_grad_(False)
-        if c.input_mode in ("discrete", "both"):
-            self.embed = nn.Embedding(c.vocab_size, D)
-            self.compress = nn.Sequential(nn.Linear(K * D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D),
-                                          nn.LayerNorm(D, eps=1e-6))
-        if c.input_mode in ("continuous", "both"):
-            self.latent_in = nn.Linear(c.latent_dim, D)
+            if getattr(c, name) != getattr(autoencoder.config, name):
+                fail(f"the model's {name} is {getattr(c, name)}, but its autoencoder's is {getattr(autoencoder.config, name)}")
+        self.config, self.chunk_size = c, K
+        if c.input_mode != "continuous":
+            self.embed_tokens = nn.Embedding(c.vocab_size, D)
+            self.embed_proj = nn.Sequential(nn.Linear(K * D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D),
+                                            nn.LayerNorm(D, eps=1e-6))
+        if c.input_mode != "discrete":
+            self.latent_proj = nn.Linear(c.latent_dim, D)
         self.transformer = Transformer(c)
         self.head = HEADS[c.head](c)
         if c.aux_weight:
             self.aux = nn.Linear(D, K * c.vocab_size)
-        for module in self.children():
-            if module is not self.autoencoder:
-                module.apply(init_weights)
+        self.apply(init_weights)
         self.head.start_at_zero()
+        self.autoencoder = autoencoder.requires_grad_(False)
 
     def train(self, mode=True):
         super().train(mode)
@@ -524,10 +514,10 @@ class CALM(nn.Module):
         """tokens (B, T*K) -> one vector a chunk (B, T, D)."""
         chunks = tokens.unflatten(1, (-1, self.chunk_size))                   # (B, T, K)
         x = 0
-        if self.config.input_mode in ("discrete", "both"):
-            x = self.compress(self.embed(chunks).flatten(-2))                 # (B, T, K*D) -> (B, T, D)
-        if self.config.input_mode in ("continuous", "both"):
-            x = x + self.latent_in(self.autoencoder.encode(chunks)[0])
+        if self.config.input_mode != "continuous":
+            x = self.embed_proj(self.embed_tokens(chunks).flatten(-2))        # (B, T, K*D) -> (B, T, D)
+        if self.config.input_mode != "discrete":
+            x = x + self.latent_proj(self.autoencoder.encode(chunks)[0])
         return x
 
     def hidden(self, tokens, cache=None, position=None):
@@ -536,15 +526,15 @@ class CALM(nn.Module):
 
     def loss(self, tokens):
         """tokens (B, (T+1)*K): chunk t+1 from h_t, for T positions -> scalar, metrics."""
-        chunks = tokens.unflatten(1, (-1, self.chunk_size))                   # (B, T+1, K)
-        h = self.hidden(tokens[:, :-self.chunk_size]).flatten(0, 1)           # (P, D), P = B*T
-        targets = chunks[:, 1:].flatten(0, 1)                                 # (P, K)
+        K = self.chunk_size
+        h = self.hidden(tokens[:, :-K]).flatten(0, 1)                         # (P, D), P = B*T
+        targets = tokens[:, K:].reshape(-1, K)                                # (P, K)
         with torch.no_grad():
             mean, log_std = (v.float() for v in self.autoencoder.encode(targets))
         loss = self.head.loss(h, mean, log_std).mean()
         metrics = {self.config.head: loss.detach()}
         if self.config.aux_weight:
-            logits = self.aux(h).unflatten(-1, (self.chunk_size, -1)).float()  # (P, K, V)
+            logits = self.aux(h).unflatten(-1, (K, -1)).float()               # (P, K, V)
             aux = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             loss, metrics["aux"] = loss + self.config.aux_weight * aux, aux.detach()
         return loss, {"loss": loss.detach(), **metrics}
@@ -561,18 +551,19 @@ class CALM(nn.Module):
     def draw(self, h, temperature=1.0, n=1, num_candidates=200, noise_scale=1.0, sampler="batch", max_calls=10_000, calls=None):
         """n next chunks for each h (B, D) at a temperature (section 5) -> tokens (n, B, K).
 
-        sampler: "batch" (Algorithm 2 on num_candidates) or "exact" (Algorithm 1, which adds the calls it used, (n * B,), to the
-        list `calls`). noise_scale below 1 shrinks the head's noise, a heuristic in place of a temperature."""
+        sampler: "batch" (Algorithm 2 on num_candidates) or "exact" (Algorithm 1, which adds the calls it used, (n * B,), to
+        the list `calls`). noise_scale below 1 shrinks the head's noise, a heuristic in place of a temperature."""
         if temperature == 1:
             return self.sample_chunks(h, n, noise_scale)
-        rows, K = n * len(h), self.chunk_size
+        rows = n * len(h)
+        draw = lambda count: self.sample_chunks(h, count * n, noise_scale).view(count, rows, -1)
         if sampler == "batch":
-            return temperature_batch(self.sample_chunks(h, num_candidates * n, noise_scale).view(-1, rows, K), temperature).view(n, -1, K)
-        tokens, used = temperature_exact(lambda count: self.sample_chunks(h, count * n, noise_scale).view(count, rows, K),
-                                         rows, temperature, max_calls)
-        if calls is not None:
-            calls.append(used)
-        return tokens.view(n, -1, K)
+            tokens = temperature_batch(draw(num_candidates), temperature)
+        else:
+            tokens, used = temperature_exact(draw, rows, temperature, max_calls)
+            if calls is not None:
+                calls.append(used)
+        return tokens.view(n, len(h), -1)
 
 
 class AR(nn.Module):
@@ -580,14 +571,14 @@ class AR(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.chunk_size = config, 1
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(init_weights)
 
     def hidden(self, tokens, cache=None, position=None):
         """tokens (B, T) -> h (B, T, D)."""
-        return self.transformer(self.embed(tokens), cache, position)
+        return self.transformer(self.embed_tokens(tokens), cache, position)
 
     def loss(self, tokens):
         """tokens (B, T+1): cross-entropy of token t+1 given the ones before, in nats -> scalar, metrics."""
@@ -677,35 +668,31 @@ CALM.generate = AR.generate = generate   # one loop, as a method of both
 def flops_per_token(config, autoencoder=None):
     """{"train": x, "inference": x}: FLOPs a token with the paper's accounting (table 1), for any of the three configs.
 
-    A multiplication and an addition are two. Attention is counted at full context, 4*T*D a layer; training is three
-    forward passes; CALM's head runs N samples in training and one in inference (num_evals times), and its frozen
-    autoencoder encodes in training and decodes in inference.
+    PyTorch's counter watches one forward pass on tensors without memory: a multiplication and an addition are two, and
+    attention counts in full, 4*T*D a layer. Training is three forward passes; CALM's head then draws N samples, and its
+    frozen autoencoder encodes. In inference the head draws one (in num_evals evaluations), and the autoencoder decodes.
     """
-    c = config
+    def cost(function, shape, dtype=torch.long, **kwargs):
+        with FlopCounterMode(display=False) as counter:
+            function(torch.zeros(shape, dtype=dtype, device="meta"), **kwargs)
+        return counter.get_total_flops()
+
+    c, K = config, getattr(config, "chunk_size", 1)
     if isinstance(c, AutoencoderConfig):
-        K, H, half = c.chunk_size, c.n_embd, c.n_layer // 2
-        block = 3 * H * c.n_ff
-        side = half * K * block + K * H * H + (c.n_layer - half) * block      # the same matrices on both sides
-        encode, decode = 2 * (side + 2 * H * c.latent_dim), 2 * (side + H * c.latent_dim + K * H * c.vocab_size)
-        return {"train": 3 * (encode + decode) / K, "encode": encode / K, "decode": decode / K}
-    D = c.n_embd
-    backbone = c.n_layer * (2 * (4 * D * D + 3 * D * c.n_ff) + 4 * c.block_size * D)
+        with torch.device("meta"):
+            model = Autoencoder(c)
+        encode, decode = cost(model.encode, (1, K)) / K, cost(model.decode, (1, c.latent_dim), torch.float) / K
+        return {"train": 3 * (encode + decode), "encode": encode, "decode": decode}
+    with torch.device("meta"):
+        model = (AR(c) if isinstance(c, ARConfig) else CALM(c, Autoencoder(autoencoder))).to("meta")
+    backbone = cost(model.hidden, (1, c.block_size * K)) / (c.block_size * K)
     if isinstance(c, ARConfig):
-        forward = backbone + 2 * D * c.vocab_size
+        forward = backbone + cost(model.lm_head, (1, c.n_embd), torch.float)
         return {"train": 3 * forward, "inference": forward}
-    K, ae = c.chunk_size, flops_per_token(autoencoder)
-    if c.input_mode != "continuous":
-        backbone += 2 * (K * D * 2 * D + 2 * D * D)
-    if c.input_mode != "discrete":
-        backbone += 2 * c.latent_dim * D + K * ae["encode"]
-    if c.head == "energy":
-        head = 2 * (c.n_noise * D + D * D + 6 * c.n_head_layer * D * D + D * D + D * c.latent_dim)
-    else:   # of one evaluation
-        out = c.latent_dim * (2 if c.head == "diffusion" else 1)
-        head = 2 * (256 * D + 2 * D * D + c.latent_dim * D + 5 * c.n_head_layer * D * D + 2 * D * D + D * out)
-    aux = 2 * D * K * c.vocab_size if c.aux_weight else 0
-    return {"train": 3 * (backbone + c.num_samples * head + aux) / K + ae["encode"],
-            "inference": (backbone + c.num_evals * head) / K + ae["decode"]}
+    ae = flops_per_token(autoencoder)
+    one, several = (cost(model.head.sample, (1, c.n_embd), torch.float, n=n) / K for n in (1, c.num_samples))
+    aux = cost(model.aux, (1, c.n_embd), torch.float) / K if c.aux_weight else 0
+    return {"train": 3 * (backbone + several / c.num_evals + aux) + ae["encode"], "inference": backbone + one + ae["decode"]}
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
@@ -715,11 +702,10 @@ def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
 
     changes: fields of CALM's config to read otherwise than trained (num_evals)."""
     checkpoint = load_checkpoint(Path(out_dir) / f"{kind}.pt", kind)
-    config = checkpoint["config"]
     if kind == "ar":
-        model = AR(ARConfig(**config))
+        model = AR(ARConfig(**checkpoint["config"]))
     else:
-        model = CALM(CALMConfig(**{**config, **changes}), Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"])))
+        model = CALM(CALMConfig(**{**checkpoint["config"], **changes}), Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"])))
     model.load_state_dict(checkpoint["model"])
     return cast_matrices(model.to(device).eval(), dtype), checkpoint
 
@@ -727,45 +713,24 @@ def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
 def cast_matrices(model, dtype):
     """Cast once the weights that autocast would cast at every call: the same results, in less time."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or name == "autoencoder.encoder.embed":
+        if isinstance(module, nn.Linear) or name == "autoencoder.encoder.embed_tokens":
             module.to(dtype)
     return model
 
 
 # --- The authors' weights ---------------------------------------------------------------------------------------------
 
-OFFICIAL_SIZES = {"vocab_size": "vocab_size", "chunk_size": "patch_size", "latent_dim": "latent_size", "n_embd": "hidden_size",
-                  "n_ff": "intermediate_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-                  "n_head_layer": "num_mlp_layers"}
-# our name of a part -> what to replace, in this order, to have the authors' names
-OFFICIAL_NAMES = {
-    "embed": {"embed.": "transformer.embed_tokens."},
-    "compress": {"compress": "embed_proj"},
-    "transformer": {"blocks": "layers", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", ".attn.": ".self_attn."},
-    "energy": {"head.": "mlp_generator.", ".blocks": ".mlp_blocks", ".norm.": ".in_ln.", "linear1": "linears.0", "linear2": "linears.2",
-               "linear3": "linears.4", "linear4": "down_proj", "noise_embed": "noise_embd", "noise_norm": "norm_noise",
-               "context_embed": "hidden_embd", "context_norm": "norm_hidden", "out_norm": "final_layer.in_ln",
-               "out1": "final_layer.linears.0", "out2": "final_layer.linears.2"},
-    "flow": {"head.": "generative_head.net.", "time_embed": "time_embed.mlp", "context_embed": "cond_embed", "input": "input_proj",
-             ".blocks": ".res_blocks", ".norm.": ".in_ln.", "out_modulation": "final_layer.modulation", "net.out.": "net.final_layer.linear.",
-             "modulation": "adaLN_modulation"},
-    "autoencoder": {"autoencoder.": "", "embed.": "embed_tokens.", "squeeze": "squeeze_layer", "expand": "expand_layer",
-                    "to_latent": "hidden_to_latent", "from_latent": "latent_to_hidden"},
-}
+# where the authors' names differ: theirs -> ours, of weights and of the sizes in config.json
+OFFICIAL_NAMES = {r".*\.(?=(en|de)coder\.)|^(?=(en|de)coder\.)": "autoencoder.", r"transformer\.embed_tokens": "embed_tokens",
+                  r"mlp_generator": "head", r"generative_head\.net": "head", r"time_embed\.mlp": "time_embed"}
+OFFICIAL_SIZES = {"vocab_size": "vocab_size", "patch_size": "chunk_size", "latent_size": "latent_dim", "hidden_size": "n_embd",
+                  "intermediate_size": "n_ff", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+                  "num_mlp_layers": "n_head_layer"}
 
 
-def official_name(name, head, ae_layers):
-    """The authors' name of a weight of ours, in a model with this head and so many blocks a side of the autoencoder."""
-    part = name.split(".")[0]
-    if part == "autoencoder":   # their blocks count on from the first half to the second
-        begin = {"encoder.token": 0, "encoder.chunk": ae_layers // 2, "decoder.chunk": 0, "decoder.token": ae_layers - ae_layers // 2}
-        name = re.sub(r"((encoder|decoder)\.(?:token|chunk))_blocks\.(\d+)",
-                      lambda m: f"{m[2]}.{m[2]}_layers.{begin[m[1]] + int(m[3])}", name)
-        name = re.sub(r"(_layers\.\d+)\.norm", r"\1.layernorm", name)
-    if part == "head":
-        part = "energy" if head == "energy" else "flow"   # diffusion has the network of flow
-    for ours, theirs in OFFICIAL_NAMES[part].items():
-        name = name.replace(ours, theirs)
+def our_name(name):
+    for theirs, ours in OFFICIAL_NAMES.items():
+        name = re.sub(theirs, ours, name)
     return name
 
 
@@ -773,52 +738,40 @@ def load_official(folder, device="cpu", dtype=torch.float32, **changes):
     """The model in a directory as the authors published it -> CALM in eval mode, with its matrices in `dtype`.
 
     Its autoencoder is looked for in the same files, then in the directory that config.json calls `ae_path`, then in one
-    named like CALM-Autoencoder beside `folder`. On a CPU what lies in the files in the right type stays there: nothing is copied.
-    changes: as in `load_model`."""
+    named like CALM-Autoencoder beside `folder`. On a CPU what lies in the files in the right type stays there: nothing is
+    copied. changes: as in `load_model`."""
     folder = Path(folder)
     config, tensors = read_published(folder)
-    tied = ("encoder.embed_tokens.weight", "decoder.lm_head_weight")   # one embedding, stored under either name or both
-    if not any(name.endswith(tied) for name in tensors):
+    if not any("decoder." in name for name in tensors):
         path = str(config.get("ae_path", ""))
         places = [Path(path), folder / path, folder.parent / Path(path).name, *sorted(folder.parent.glob("*[Aa]utoencoder*"))]
         place = next((p for p in places if p != folder and (p / "config.json").is_file()), None)
         if place is None:
-            fail(f"no autoencoder in {folder} or beside it: put the published CALM-Autoencoder at {folder.parent / 'CALM-Autoencoder'}")
+            fail(f"no autoencoder in {folder} or beside it: put the published one at {folder.parent / 'CALM-Autoencoder'}")
         tensors |= read_published(place)[1]
+    state = {our_name(name): tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
     try:
-        prefix = next(name.removesuffix(end) for end in tied for name in tensors if name.endswith(end))
-        tensors = {name.removeprefix(prefix) if prefix else name: value for name, value in tensors.items()}
-        embedding, *again = (tensors.pop(name) for name in tied if name in tensors)
-        tensors[tied[0]] = embedding
-        in_head = [name for name in tensors if name.startswith("generative_head.")]
-        c = CALMConfig(**{ours: int(config[theirs]) for ours, theirs in OFFICIAL_SIZES.items()}, n_noise=int(config.get("noise_size", 64)),
-                       num_samples=int(config.get("num_samples", 8)), block_size=min(2048, int(config.get("max_position_embeddings", 2048))),
-                       head="energy" if not in_head else "diffusion" if "diffusion" in str(config.get("model_type")) or
-                       len(tensors["generative_head.net.final_layer.linear.bias"]) > int(config["latent_size"]) else "flow", **changes)
-        layers = sum(name.startswith("encoder.encoder_layers.") and name.endswith("layernorm.weight") for name in tensors)
+        sizes = {ours: int(config[theirs]) for theirs, ours in OFFICIAL_SIZES.items()}
+        # The embedding of the autoencoder is stored under either of its two names, or both.
+        output = state.pop("autoencoder.decoder.lm_head_weight", None)
+        embedding = state.setdefault("autoencoder.encoder.embed_tokens.weight", output)
+        if output is not None and not torch.equal(embedding, output):
+            raise ValueError("decoder.lm_head_weight is not encoder.embed_tokens.weight")
+        out = len(state.get("head.final_layer.linear.bias", ()))              # only the slow heads have this one
+        c = CALMConfig(**sizes, n_noise=int(config.get("noise_size", 64)), num_samples=int(config.get("num_samples", 8)),
+                       block_size=min(2048, int(config.get("max_position_embeddings", 2048))),
+                       head={0: "energy", sizes["latent_dim"]: "flow", 2 * sizes["latent_dim"]: "diffusion"}[out], **changes)
         ae = AutoencoderConfig(len(embedding), c.chunk_size, c.latent_dim, embedding.shape[1],
-                               len(tensors["encoder.encoder_layers.0.mlp.gate_proj.weight"]), layers)
-    except (KeyError, StopIteration, TypeError, ValueError) as error:
-        fail(f"{folder} is not a published CALM with its autoencoder ({type(error).__name__}: {error})")
-    if config.get("num_key_value_heads", c.n_head) != c.n_head or config.get("rope_theta", 10000) != 10000:
-        fail(f"{folder}: expected num_key_value_heads {c.n_head} and rope_theta 10000, as the authors published")
-    with torch.device("meta"):   # no memory for weights that are replaced
-        model = cast_matrices(CALM(c, Autoencoder(ae)), dtype)
-    wrong = [] if all(torch.equal(embedding, other) for other in again) else [f"{tied[1]} is not {tied[0]}"]
-    state = {}
-    for name, expected in model.state_dict().items():
-        theirs = official_name(name, c.head, layers)
-        tensor = tensors.pop(theirs, None)
-        if tensor is None:
-            wrong.append(f"{theirs} is missing")
-        elif tensor.shape != expected.shape:
-            wrong.append(f"{theirs} has the shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
-        else:
-            state[name] = tensor.to(expected.dtype)
-    wrong += [f"{name} is not expected" for name in tensors if not name.endswith("inv_freq")]
-    if wrong:
-        fail(f"{folder} does not hold the published weights: {'; '.join(wrong[:5])}" + (f" and {len(wrong) - 5} more" if wrong[5:] else ""))
-    model.load_state_dict(state, assign=True)
+                               len(state["autoencoder.encoder.encoder_layers.0.mlp.gate_proj.weight"]),
+                               sum("encoder.encoder_layers." in name and "layernorm" in name for name in state))
+        if config.get("num_key_value_heads", c.n_head) != c.n_head or config.get("rope_theta", 10000) != 10000:
+            raise ValueError(f"expected num_key_value_heads {c.n_head} and rope_theta 10000")
+        with torch.device("meta"):   # no memory for weights that are replaced
+            model = cast_matrices(CALM(c, Autoencoder(ae)), dtype)
+        types = {name: value.dtype for name, value in model.state_dict().items()}
+        model.load_state_dict({name: t.to(types.get(name, t.dtype)) for name, t in state.items()}, assign=True)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:   # load_state_dict names the tensors
+        fail(f"{folder} is not a published CALM with its autoencoder ({type(error).__name__}: {' '.join(str(error).split())[:500]})")
     return model.to(device).eval()
 
 

@@ -12,6 +12,7 @@ are equal. Brier-n takes n-grams as outcomes; BrierLM = 100 * (Brier-1 * Brier-2
 """
 import json
 import math
+import signal
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from autoencoder import autocast, check_tokenizer, select_device, select_dtype
 from calm import AR, KVCache, check_vocabulary, generate, load_model, load_official
-from data.prepare import Parser, fail, load_data
+from data.prepare import Parser, fail, load_data, within
 
 
 def hit_and_collision(samples, targets):
@@ -213,27 +214,24 @@ def main():
     parser.add_argument("--model", default="calm", choices=("calm", "ar"), help="which of its models")
     parser.add_argument("--official", metavar="DIR", help="a model that the authors published, in place of a run; with --data")
     parser.add_argument("--data", help="data set under data/; None: the one it was trained on")
-    parser.add_argument("--windows", type=int, help="validation windows, evenly spread; None: 750, or 32 with --frontier")
-    parser.add_argument("--num_samples", type=int, default=4, help="S: samples a position, at least 2")
-    parser.add_argument("--stride", type=int, help="tokens from one n-gram's start to the next; None: K, at least 4")
-    parser.add_argument("--context", type=int, help="tokens a window; None: the model's context")
-    parser.add_argument("--texts", type=int, default=64, help="texts to write, to compare their variety with real text; 0: none")
-    parser.add_argument("--num_evals", type=int, help="network evaluations a sample of a flow or diffusion head; None: the model's")
+    parser.add_argument("--windows", type=within(1), help="validation windows, evenly spread; None: 750, or 32 with --frontier")
+    parser.add_argument("--num_samples", type=within(2), default=4, help="S: samples a position, at least 2")
+    parser.add_argument("--stride", type=within(4), help="tokens from one n-gram's start to the next; None: K, at least 4")
+    parser.add_argument("--context", type=within(8), help="tokens a window; None: the model's context")
+    parser.add_argument("--texts", type=within(0), default=64, help="texts to write, to compare their variety with real text; 0: none")
+    parser.add_argument("--num_evals", type=within(1), help="network evaluations a sample of a flow or diffusion head; None: the model's")
     parser.add_argument("--frontier", action="store_true", help="accuracy and collision rate of each sampler setting below")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.65, 0.5, 0.4, 0.33], help="of --frontier")
-    parser.add_argument("--candidates", type=int, nargs="+", default=[200], help="of --frontier: N of Algorithm 2")
-    parser.add_argument("--noise_scales", type=float, nargs="*", default=[0.8, 0.6, 0.4], help="of --frontier, at T = 1")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--candidates", type=within(1), nargs="+", default=[200], help="of --frontier: N of Algorithm 2")
+    parser.add_argument("--noise_scales", type=within(0, 1, float), nargs="*", default=[0.8, 0.6, 0.4], help="of --frontier, at T = 1")
+    parser.add_argument("--seed", type=within(0), default=0, help="of the samples")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on a line; with --frontier one a setting")
     args = parser.parse_args()
     args.windows = args.windows if args.windows is not None else 32 if args.frontier else 750
-    for name, least in (("windows", 1), ("num_samples", 2), ("stride", 4), ("context", 8), ("seed", 0), ("texts", 0), ("num_evals", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            fail(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    if not all(0 < T <= 1 for T in args.temperatures) or min(args.candidates) < 1:
-        fail("--temperatures must be in (0, 1], --candidates at least 1")
+    if not all(0 < T <= 1 for T in args.temperatures):
+        fail("--temperatures must be in (0, 1]")
     device = select_device(args.device)
     dtype = select_dtype(args.dtype, device)
     changes = {"num_evals": args.num_evals} if args.num_evals else {}
@@ -264,4 +262,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it at once, without a traceback
     main()

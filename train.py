@@ -31,17 +31,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:   # Windows
-    resource = None
-
 import eval_brier
 from autoencoder import (Autoencoder, AutoencoderConfig, autocast, check_sizes, load_autoencoder, load_checkpoint,
                          save_checkpoint, select_device, select_dtype)
-from calm import (AR, CALM, ARConfig, CALMConfig, KVCache, cast_matrices, energy_score, flops_per_token, generate,
-                  half_of_targets)
-from data.prepare import Parser, eot_token, fail, load_data
+from calm import AR, CALM, ARConfig, CALMConfig, KVCache, cast_matrices, energy_score, flops_per_token, generate, half_of_targets
+from data.prepare import Parser, eot_token, fail, load_data, within
 
 STAGES = ("autoencoder", "calm", "ar")
 
@@ -116,17 +110,18 @@ def parse_args(argv):
     run.add_argument("--out_dir", help="the run's folder; None: out/<data name>")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in out_dir, with its settings")
     run.add_argument("--match_flops", metavar="RUN", help="with --model ar: train for the FLOPs that RUN's calm.pt cost")
-    run.add_argument("--seed", type=int, default=0, help="of weights, batches and noise")
+    run.add_argument("--seed", type=within(0, (1 << 20) - 1), default=0, help="of weights, batches and noise")
     run.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of matrix products")
     run.add_argument("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on CUDA")
-    run.add_argument("--bench", type=float, nargs="?", const=2.0, metavar="SECONDS",
+    run.add_argument("--deterministic", action="store_true", help="only operations that repeat to the bit (a CPU's all do)")
+    run.add_argument("--bench", type=within(0, kind=float), nargs="?", const=2.0, metavar="SECONDS",
                      help="train nothing; measure speed and memory with random weights and tokens, about 2 seconds a figure")
     run.add_argument("--json", action="store_true", help="with --bench: end with one JSON object on a line")
     run.add_argument("--vocab_size", type=int, default=257, help="of --bench; a training run takes its data's")
-    run.add_argument("--shard_optimizer", action="store_true", help="under torchrun: each process keeps a share of the optimizer's state")
-    run.add_argument("--log_interval", type=int, default=10, help="steps between lines of log.jsonl")
-    run.add_argument("--eval_interval", type=int, default=500, help="steps between evaluations, each followed by a checkpoint")
+    run.add_argument("--shard_optimizer", action="store_true", help="under torchrun: the optimizer's state in shares, one a process")
+    run.add_argument("--log_interval", type=within(1), default=10, help="steps between lines of log.jsonl")
+    run.add_argument("--eval_interval", type=within(1), default=500, help="steps between evaluations, each followed by a checkpoint")
     add_flags(parser.add_argument_group("training"), TrainConfig)
     add_flags(parser.add_argument_group("model (the baseline takes what it has; its context is the same text, block_size * K "
                                         "tokens)"), CALMConfig, skip={"vocab_size"})
@@ -142,10 +137,6 @@ def parse_args(argv):
         parser.set_defaults(**resumed_settings(early))
     args = parser.parse_args(argv)
     args.out_dir = Path(args.out_dir or Path("out") / Path(args.data).name)
-    if args.log_interval < 1 or args.eval_interval < 1:
-        fail("--log_interval and --eval_interval must be at least 1")
-    if not 0 <= args.seed < 1 << 20:
-        fail(f"--seed must be in 0 .. {(1 << 20) - 1}, not {args.seed}")
     if args.match_flops and args.model != "ar":
         fail("--match_flops sets the length of an AR run: add --model ar")
     for config, stage in ((TrainConfig, "autoencoder"), (TrainConfig, "calm"), (AutoencoderConfig, "autoencoder"),
@@ -180,17 +171,21 @@ class World:
         if self.size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
             atexit.register(dist.destroy_process_group)
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # what CUDA's matrix products need for it
+            torch.use_deterministic_algorithms(True)
         self.dtype = select_dtype(args.dtype, self.device)
         self.compile = args.compile == "on" or args.compile == "auto" and self.device.type == "cuda"
         self.stopped = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
 
-    def stop(self, *_):
-        """Ctrl-C and a scheduler's SIGTERM: the loop ends after this step and saves. A second one ends at once."""
-        if self.stopped:
-            raise SystemExit(130)
-        self.stopped = True
+    def listen(self):
+        """From now on Ctrl-C and a scheduler's SIGTERM end the loop after its step, and it saves. A second one ends at once."""
+        def stop(*_):
+            if self.stopped:
+                raise SystemExit(130)
+            self.stopped = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
 
     def say(self, text):
         if self.main:
@@ -203,10 +198,6 @@ class World:
             dist.all_reduce(value)
         return value.item() / self.size
 
-    def barrier(self):
-        if self.size > 1:
-            dist.barrier()
-
 
 # --- Optimizer, schedule, batches -------------------------------------------------------------------------------------
 
@@ -217,7 +208,7 @@ def make_optimizers(model, config, shard=False):
     keeps the state of, and updates, a share of the parameters; then they exchange them (ZeRO stage 1)."""
     matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
     muon = {name: p for name, p in matrices.items()
-            if config.optimizer == "muon" and not name.startswith(("embed.", "lm_head.", "aux.", "encoder.embed."))}
+            if config.optimizer == "muon" and not name.startswith(("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens."))}
     groups = [dict(params=[p for name, p in matrices.items() if name not in muon], weight_decay=config.weight_decay),
               dict(params=[p for p in model.parameters() if p.requires_grad and p.ndim != 2], weight_decay=0.0)]
     kinds = [(torch.optim.AdamW, groups, dict(lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True))]
@@ -270,17 +261,26 @@ def validate(stage, model, data, world, length, brier_windows):
     return metrics
 
 
+def write_log(path, mode, *entries):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, mode) as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    except OSError as error:
+        fail(f"could not write {path} ({error.strerror}): --out_dir must be a folder on a disk with space; then --resume")
+
+
 class Progress:
     """The bar on the screen and the lines of log.jsonl, one JSON object a logged step."""
     def __init__(self, path, world, stage, begin, steps, tokens_per_step, cost):
         self.path, self.world, self.stage, self.begin = path, world, stage, begin
         self.tokens_per_step, self.cost = tokens_per_step, cost
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        lines = [json.loads(line) for line in lines if line.endswith("}")]    # not the torn last line of a killed run
         lines = [line for line in lines if line["stage"] != stage or line["step"] <= begin]   # the others are written anew
         self.earlier = max((line["seconds"] for line in lines if line["stage"] == stage), default=0.0)
         if world.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            write_log(path, "w", *lines)
         self.peak = peak_flops(world.device, world.dtype) if world.device.type == "cuda" else None
         self.bar = tqdm(total=steps, initial=begin, desc=stage, unit="step", disable=not world.main)
         self.began, self.paused = time.time(), 0.0
@@ -300,20 +300,36 @@ class Progress:
         if metrics:
             self.world.say(f"{self.stage} step {step}: loss {loss:.4g}, " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         if self.world.main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            write_log(self.path, "a", entry)
+
+
+def median_seconds(function, device, seconds):
+    """Median time of a call after a warm-up, over at least 3 calls and about `seconds`."""
+    times = []
+    while len(times) < 4 or sum(times[1:]) < seconds:
+        began = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
 
 
 def peak_flops(device, dtype, n=8192):
     """FLOPs a second that this card reaches on one large matrix product: what MFU is measured against."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    for repeat in range(20):
-        if repeat == 10:   # after a warm-up
-            torch.cuda.synchronize()
-            began = time.time()
-        a @ b
-    torch.cuda.synchronize()
-    return 10 * 2 * n ** 3 / (time.time() - began)
+    return 2 * n ** 3 / median_seconds(lambda: a @ b, device, 0.1)
+
+
+def peak_memory_gb(device):
+    """The most that was allocated on a CUDA device so far, elsewhere by the whole process (0 on Windows, which does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -375,12 +391,12 @@ def train_stage(stage, model, config, args, data, world, cost, extra, resume_fro
                 "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
                 "data": {**data.meta, "name": args.data}, **extra,
                 "flops": extra.get("flops", 0.0) + cost * tokens_per_step * step})
-        world.barrier()
 
     world.say(f"{stage}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, {steps:,} steps of "
               f"{tokens_per_step:,} tokens, {cost * tokens_per_step * steps:.2e} FLOPs, on {world.size} x {world.device.type} in "
               f"{str(world.dtype).removeprefix('torch.')}{', compiled' if world.compile else ''}")
     progress = Progress(args.out_dir / "log.jsonl", world, stage, begin, steps, tokens_per_step, cost)
+    world.listen()
     for step in range(begin + 1, steps + 1):
         factor = lr_factor(step, config)
         for group in (g for o in optimizers for g in o.param_groups):
@@ -417,27 +433,6 @@ def train_stage(stage, model, config, args, data, world, cost, extra, resume_fro
 
 # --- The bench -------------------------------------------------------------------------------------------------------
 
-def median_seconds(function, device, seconds):
-    """Median time of a call after a warm-up, over at least 3 calls and about `seconds`."""
-    times = []
-    while len(times) < 4 or sum(times[1:]) < seconds:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
-
-
-def peak_memory_gb(device):
-    """The most that was allocated on a CUDA device so far, elsewhere by the whole process (0 on Windows, which does not say)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20) if resource else 0.0
-
-
 def bench(args, world):
     """Speed and memory of one configuration: a training step and its parts, then generation by CALM and by AR."""
     device, K, config = world.device, args.chunk_size, config_of(TrainConfig, args, "calm")
@@ -448,15 +443,12 @@ def bench(args, world):
     optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler(device.type, enabled=world.dtype == torch.float16)
     model.forward = model.loss
     compute = torch.compile(model) if world.compile else model
-    step = median_seconds(lambda: train_step(compute, [tokens], 1, optimizers, scaler, config.grad_clip, world), device,
-                          args.bench)
-    speed = P * K / step
-    memory, mfu = peak_memory_gb(device), None
-    if device.type == "cuda":
-        mfu = speed * flops_per_token(c, autoencoder.config)["train"] / peak_flops(device, world.dtype)
+    step = median_seconds(lambda: train_step(compute, [tokens], 1, optimizers, scaler, config.grad_clip, world), device, args.bench)
+    speed, memory = P * K / step, peak_memory_gb(device)
+    mfu = speed * flops_per_token(c, autoencoder.config)["train"] / peak_flops(device, world.dtype) if device.type == "cuda" else None
 
-    def part(forward):
-        """Median time of a part of the step, its backward pass included, as a share of the step."""
+    def share(forward):
+        """Of a part, its backward pass included, in the time of a step."""
         def both():
             with autocast(device, world.dtype):
                 y = forward()
@@ -464,11 +456,11 @@ def bench(args, world):
                 y.sum().backward()
         return median_seconds(both, device, args.bench) / step
 
-    h, x = torch.randn(P, c.n_embd, device=device).requires_grad_(), torch.randn(c.num_samples, P, c.latent_dim, device=device)
-    log_std = torch.zeros(P, c.latent_dim, device=device)
-    share = {"backbone": part(lambda: model.hidden(tokens[:, K:])), "head": part(lambda: model.head.sample(h, c.num_samples)),
-             "energy_score": part(lambda: energy_score(x.requires_grad_(), half_of_targets(log_std, c.num_targets), c.alpha, True)),
-             "autoencoder": part(lambda: torch.no_grad()(autoencoder.encode)(tokens[:, K:].unflatten(1, (-1, K)))[0])}
+    h, log_std = torch.randn(P, c.n_embd, device=device).requires_grad_(), torch.zeros(P, c.latent_dim, device=device)
+    x = torch.randn(c.num_samples, P, c.latent_dim, device=device).requires_grad_()
+    shares = {"backbone": share(lambda: model.hidden(tokens[:, K:])), "head": share(lambda: model.head.sample(h, c.num_samples)),
+              "energy_score": share(lambda: energy_score(x, half_of_targets(log_std, c.num_targets), c.alpha, True)),
+              "autoencoder": share(lambda: torch.no_grad()(autoencoder.encode)(tokens[:, K:].unflatten(1, (-1, K)))[0])}
 
     def tokens_per_s(model, new, temperature=1.0, batch=1):
         prompt, cache = tokens[:1, :2 * K].expand(batch, -1), KVCache(model.config.block_size)
@@ -477,20 +469,19 @@ def bench(args, world):
             return batch * new / median_seconds(write, device, args.bench)
 
     new = max(1, min(args.block_size, 64) - 2) * K   # after a prompt of 2 chunks, within the context
-    ar = cast_matrices(AR(config_of(ARConfig, args, "ar", block_size=args.block_size * K)).to(device).eval(), world.dtype)
-    cast_matrices(model.eval(), world.dtype)
-    made = {"calm_T1": tokens_per_s(model, new), "calm_T0.5": tokens_per_s(model, new // 4, 0.5), "ar_T1": tokens_per_s(ar, new),
-            "calm_T1_b32": tokens_per_s(model, new, batch=32), "ar_T1_b32": tokens_per_s(ar, new // 4, batch=32)}
+    ar = AR(config_of(ARConfig, args, "ar", block_size=args.block_size * K)).to(device)
+    calm, ar = (cast_matrices(m.eval(), world.dtype) for m in (model, ar))
+    made = {"calm_T1": tokens_per_s(calm, new), "calm_T0.5": tokens_per_s(calm, new // 4, 0.5), "ar_T1": tokens_per_s(ar, new),
+            "calm_T1_b32": tokens_per_s(calm, new, batch=32), "ar_T1_b32": tokens_per_s(ar, new // 4, batch=32)}
     precision = str(world.dtype).removeprefix("torch.")
-    print(f"{'training, ' + precision:28} {speed:10,.0f} tokens/s, peak memory {memory:.2f} GB"
-          + (f", MFU {mfu:.1%}" if mfu else ""))
-    for name, value in share.items():
+    print(f"{'training, ' + precision:28} {speed:10,.0f} tokens/s, peak memory {memory:.2f} GB" + (f", MFU {mfu:.1%}" if mfu else ""))
+    for name, value in shares.items():
         print(f"{'  ' + name.replace('_', ' '):28} {value:10.1%} of the step")
     for name, value in made.items():
         print(f"{'generation, ' + name:28} {value:10,.0f} tokens/s")
     if args.json:
         print(json.dumps({"train_tokens_per_s": speed, "peak_memory_gb": memory, "mfu": mfu, "precision": precision,
-                          "share": share, "generate": made}))
+                          "share": shares, "generate": made}))
 
 
 # --- The whole road ---------------------------------------------------------------------------------------------------
@@ -524,8 +515,7 @@ def finish(model, args, data, world):
     if not world.main:
         return
     print("\n" + eval_brier.describe(result))
-    with open(args.out_dir / "log.jsonl", "a") as log:
-        log.write(json.dumps({"stage": args.model, "step": args.max_steps, "seconds": 0.0, "final": True, **result}) + "\n")
+    write_log(args.out_dir / "log.jsonl", "a", {"stage": args.model, "step": args.max_steps, "seconds": 0.0, "final": True, **result})
     middle = data.even_offsets("val", 2, args.block_size * args.chunk_size)[-1:]
     prompt = data.batch("val", middle, args.block_size * args.chunk_size // 4).to(world.device)
     decode = lambda tokens: data.tokenizer.decode_bytes(tokens.tolist()).decode("utf-8", "replace")
@@ -548,8 +538,8 @@ def main():
     if args.bench:
         return bench(args, world)
     if world.main:
-        load_data(args.data)   # prepares it, if it is a known one: the others wait
-    world.barrier()
+        load_data(args.data)   # prepares it, if it is a known one
+    world.mean(0)              # the others wait
     data = load_data(args.data)
     vocab_size, extra = data.meta["vocab_size"], {}
 

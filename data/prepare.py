@@ -62,6 +62,17 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}; `python {self.prog} --help` lists the flags")
 
 
+def within(low, high=float("inf"), kind=int):
+    """The type of a flag that takes a number in [low, high]."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
+        return value
+    number.__name__ = kind.__name__   # argparse says "invalid int value"
+    return number
+
+
 # --- Tokenizers: each is a tiktoken.Encoding --------------------------------------------------------------------------
 
 # Llama 3's split pattern: contractions, words, numbers of up to three digits, punctuation, line ends, blanks.
@@ -226,8 +237,6 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     known = sources[0] if len(sources) == 1 and sources[0] in ("stdlib", *DOWNLOADS) else None
     if val_fraction is None:
         val_fraction = DOWNLOADS[known][2] if known in DOWNLOADS else 0.1
-    if not 0 <= val_fraction <= 1:
-        fail(f"--val_fraction is a share of the documents, between 0 and 1, not {val_fraction}")
     enc = get_tokenizer(tokenizer)
     paths = standard_library() if known == "stdlib" else [downloaded(known)] if known else local_files(sources)
     folder = Path(out_root or DATA_DIR) / (name or default_name(sources[0], tokenizer))
@@ -270,7 +279,7 @@ def read_all(paths, known):
 def tokenized(texts, enc):
     """(path, document) pairs -> (document, token ids) pairs, a BATCH of documents at a time through the tokenizer's threads."""
     while batch := list(itertools.islice(texts, BATCH)):
-        ids = ([list(text) for _, text in batch] if enc.name == "bytes" else
+        ids = ([np.frombuffer(text, np.uint8) for _, text in batch] if enc.name == "bytes" else
                enc.encode_ordinary_batch([as_utf8(text, path) for path, text in batch], num_threads=os.cpu_count()))
         yield from zip((text for _, text in batch), ids)
 
@@ -278,14 +287,12 @@ def tokenized(texts, enc):
 def write_splits(folder, texts, enc, val_fraction):
     """Write train.bin and val.bin into `folder` as (document, token ids) come -> their part of meta.json."""
     dtype = next(d for d in (np.uint8, np.uint16, np.uint32) if enc.n_vocab <= np.iinfo(d).max + 1)
-    eot, documents, tokens, fingerprint = eot_token(enc), 0, {"train": 0, "val": 0}, hashlib.sha256()
+    documents, tokens = 0, {"train": 0, "val": 0}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for text, ids in texts:
             draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64   # in [0, 1), the text's own
             split, file = ("val", val) if draw < val_fraction else ("train", train)
-            data = np.array(ids + [eot], dtype=dtype).tobytes()
-            file.write(data)
-            fingerprint.update(split.encode() + data)
+            np.append(ids, eot_token(enc)).astype(dtype).tofile(file)
             tokens[split] += len(ids) + 1
             documents += 1
     if documents == 0:
@@ -297,7 +304,19 @@ def write_splits(folder, texts, enc, val_fraction):
         shutil.copyfile(folder / f"{full}.bin", folder / f"{empty}.bin")
         tokens[empty] = tokens[full]
     return {"dtype": np.dtype(dtype).name, "documents": documents, "train_tokens": tokens["train"], "val_tokens": tokens["val"],
-            "fingerprint": fingerprint.hexdigest()[:16]}
+            "fingerprint": [fingerprint(folder / f"{split}.bin") for split in ("train", "val")]}
+
+
+def fingerprint(path, blocks=4096):
+    """A hash of a file's size and of 4 KiB at so many places of it: a moment's work, however large the file."""
+    size = path.stat().st_size if path.is_file() else 0
+    digest = hashlib.sha256(str(size).encode())
+    if size:
+        with open(path, "rb") as file:
+            for i in range(blocks):
+                file.seek(i * size // blocks)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def default_name(source, tokenizer):
@@ -346,11 +365,10 @@ def load_data(name):
         fail(f"no data set {name!r} under {DATA_DIR}: make it with `python data/prepare.py SOURCE --name {name}`")
     meta = json.loads((folder / "meta.json").read_text())
     splits = {}
-    for split in ("train", "val"):
+    for split, expected in zip(("train", "val"), meta["fingerprint"]):
         path, count = folder / f"{split}.bin", meta[f"{split}_tokens"]
-        size = path.stat().st_size if path.is_file() else -1
-        if size != count * np.dtype(meta["dtype"]).itemsize:
-            fail(f"{path} has {size} bytes, not the {count} {meta['dtype']} tokens that meta.json names: prepare it again")
+        if fingerprint(path) != expected:
+            fail(f"{path} is not, or no longer, what was prepared ({count:,} {meta['dtype']} tokens): prepare it again")
         splits[split] = np.memmap(path, dtype=meta["dtype"], mode="r") if count else np.empty(0, meta["dtype"])
     copy = folder / "tokenizer.tiktoken"   # a vocabulary that came as a file stays with its tokens
     if copy.is_file():
@@ -364,7 +382,7 @@ def main():
                         help=f"stdlib, {', '.join(DOWNLOADS)}, files or folders ({' '.join(SUFFIXES)}, .gz of these), or -")
     parser.add_argument("--name", help="name of the data set; None: from the source and the tokenizer")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, a tiktoken name, or a tiktoken-format file")
-    parser.add_argument("--val_fraction", type=float, help="share of the documents held out; None: the source's own, or 0.1")
+    parser.add_argument("--val_fraction", type=within(0, 1, float), help="share of the documents held out; None: the source's own, or 0.1")
     args = parser.parse_args()
     prepare(args.source, args.name, args.tokenizer, args.val_fraction)
 

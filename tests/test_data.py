@@ -73,6 +73,39 @@ def test_any_bytes_round_trip(data_dir, tmp_path):
     assert sorted(decoded(out) + decoded(out, "val")) == sorted(t for t in texts if t.strip())
 
 
+PLANES = [(0x20, 0x7F), (0xA0, 0x2FF), (0x4E00, 0x9FFF), (0xE000, 0xF8FF), *((p << 16, (p << 16) + 0xFFFD) for p in range(1, 17))]
+
+
+def odd_text(number):
+    """Valid UTF-8 from every plane of Unicode, with NULs, separators, long lines and what looks like special tokens."""
+    random.seed(number)
+    parts = [chr(random.randint(*plane)) * random.randrange(3) for plane in random.choices(PLANES, k=200)]
+    parts += ["\0", "\u2028", "\ufeff", "\r\n", "<|end_of_text|>", "<|reserved_0|>", "x" * random.randrange(20_000), " " * 9, "\t\n\n"]
+    random.shuffle(parts)
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "file"])
+def test_odd_text_round_trips_through_every_tokenizer(kind, data_dir, tmp_path, vocabulary):
+    enc = get_tokenizer("bytes" if kind == "bytes" else str(vocabulary))
+    for number in range(20):
+        text = odd_text(number).encode()
+        ids = encode(enc, text)
+        assert enc.decode_bytes(ids) == text and eot_token(enc) not in ids and max(ids) < enc.n_vocab
+    texts = {odd_text(number) for number in range(20)}
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts, "", " \n"]))
+    out = prepare([tmp_path / "odd.jsonl"], tokenizer="bytes" if kind == "bytes" else str(vocabulary), val_fraction=0.3, out_root=data_dir)
+    assert {d.decode() for split in ("train", "val") for d in decoded(out, split)} == texts
+
+
+def test_lone_surrogates_are_bytes_to_one_tokenizer_and_an_error_to_the_others(data_dir, tmp_path, vocabulary, capsys):
+    (tmp_path / "half.jsonl").write_text('{"text": "half of a pair: \\ud83d"}\n')
+    assert decoded(prepare([tmp_path / "half.jsonl"], val_fraction=0, out_root=data_dir)) == [b"half of a pair: \xed\xa0\xbd"]
+    with pytest.raises(SystemExit, match="2"):
+        prepare([tmp_path / "half.jsonl"], tokenizer=str(vocabulary), out_root=data_dir)
+    assert "half.jsonl is not UTF-8" in capsys.readouterr().err
+
+
 def test_a_document_keeps_its_split_when_others_come_and_go(data_dir, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -325,6 +325,93 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_step(
     assert checkpoint["step"] == 10 and all(v.isfinite().all() for v in checkpoint["model"].values())
 
 
+# --- Faults in files --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "missing bytes", "a page of zeros"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(damage, foxes, tmp_path, run):
+    out = tmp_path / "out"
+    flags = ["--data", foxes, "--out_dir", out, "--model", "ar"]
+    assert run(train, *flags, *SHORT).code == 0   # saved at steps 10 and 15
+    path, earlier = out / "ar.pt", out / "ar.previous.pt"
+    whole, kept, middle = path.read_bytes(), weights(path), len(path.read_bytes()) // 2
+    path.write_bytes({"a flipped byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:],
+                      "missing bytes": whole[:middle], "a page of zeros": whole[:middle] + bytes(4096) + whole[middle + 4096:]}[damage])
+    for script, argv in ((train, [*flags, "--resume"]), (sample, ["--out_dir", out, "--model", "ar"])):
+        result = run(script, *argv)
+        assert result.code == 2 and "ar.pt is not a whole checkpoint" in result.err
+        assert "rename ar.previous.pt to ar.pt" in result.err and "Traceback" not in result.err
+    earlier.rename(path)
+    assert run(train, *flags, "--resume", "--device", "cpu").code == 0
+    assert_same_weights(kept, weights(path), rtol=0, atol=0)                  # the same steps again, to the same end
+
+
+def test_data_replaced_between_runs_is_recognised(foxes, data_dir, tmp_path, run):
+    out, path = tmp_path / "out", data_dir / foxes / "train.bin"
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "ar").code == 0
+    path.write_bytes(path.read_bytes()[2:] + path.read_bytes()[:2])           # as long as before
+    result = run(train, "--data", foxes, "--out_dir", out, "--model", "ar", "--resume", "--max_steps", 20)
+    assert result.code == 2 and "train.bin is not, or no longer, what was prepared" in result.err
+    text = tmp_path / "cats.txt"
+    text.write_text("the quick brown cat jumps over the lazy dog. " * 800)
+    data.prepare.prepare([text], foxes, out_root=data_dir)                    # other data under the same name
+    result = run(train, "--data", foxes, "--out_dir", out, "--model", "ar", "--resume", "--max_steps", 20)
+    assert result.code == 2 and "was trained on other data" in result.err
+
+
+def test_an_out_dir_that_cannot_be_written_is_one_line(foxes, tmp_path, run):
+    (tmp_path / "file").write_text("not a folder")
+    result = run(train, "--data", foxes, "--out_dir", tmp_path / "file" / "out", *SHORT, "--model", "ar")
+    assert result.code == 2 and "could not write" in result.err and "Traceback" not in result.err
+
+
+def test_a_torn_line_of_the_log_is_left_out(foxes, tmp_path, run):
+    out = tmp_path / "out"
+    flags = ["--data", foxes, "--out_dir", out, "--model", "ar"]
+    assert run(train, *flags, *SHORT).code == 0
+    before = losses(out, "ar")
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"stage": "ar", "st')
+    assert run(train, *flags, "--resume", "--max_steps", 20).code == 0
+    assert before.items() <= losses(out, "ar").items() and 20 in losses(out, "ar")
+
+
+def test_a_deterministic_run_repeats_to_the_bit(foxes, tmp_path):
+    """Twice in processes of their own, because the switch is one of the whole process."""
+    flags = ["--data", foxes, *SHORT, "--deterministic", "--aux_weight", "0.5", "--optimizer", "muon"]
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data.prepare, train, pathlib; " \
+             f"data.prepare.DATA_DIR = pathlib.Path({str(data.prepare.DATA_DIR)!r}); train.main()"
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-c", script, *flags, "--out_dir", str(tmp_path / name)], check=True, capture_output=True)
+    for stage in ("autoencoder", "calm"):
+        assert_same_weights(weights(tmp_path / "one" / f"{stage}.pt"), weights(tmp_path / "two" / f"{stage}.pt"), rtol=0, atol=0)
+
+
+# --- Other machines ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cuda, mps, expected", [(True, False, "cuda"), (False, True, "mps"), (False, False, "cpu"), (True, True, "cuda")])
+def test_one_function_chooses_the_device(cuda, mps, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert autoencoder_script.select_device().type == expected
+    for name, there in (("cuda:0", cuda), ("mps", mps), ("cpu", True)):
+        if there:
+            assert str(autoencoder_script.select_device(name)) == name
+        else:
+            with pytest.raises(SystemExit, match="2"):
+                autoencoder_script.select_device(name)
+            assert f"no device {name!r} here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device, fast, expected", [("cuda", True, torch.bfloat16), ("cuda", False, torch.float16), ("cpu", True, torch.bfloat16),
+                                                    ("cpu", False, torch.float32), ("mps", False, torch.float32)])
+def test_one_function_chooses_the_precision(device, fast, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert autoencoder_script.select_dtype("auto", torch.device(device)) == expected
+    assert autoencoder_script.select_dtype("float16", torch.device(device)) == torch.float16
+
+
 # --- Speed -----------------------------------------------------------------------------------------------------------
 
 def test_the_bench_measures_each_part_and_both_models(run):
@@ -393,7 +480,7 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "odd heads": (train, ["--n_embd", "12", "--n_head", "4"], "new", "heads of an even width"),
     "one sample": (train, ["--num_samples", "1"], "new", "num_samples must be at least 2"),
     "alpha 2": (train, ["--alpha", "2"], "new", "alpha must be in (0, 2)"),
-    "negative seed": (train, ["--seed", "-1"], "new", "--seed must be in 0"),
+    "negative seed": (train, ["--seed", "-1"], "new", "argument --seed: -1 is not in [0, "),
     "not a number": (train, ["--lr", "fast"], "new", "--lr"),
     "unknown flag": (train, ["--learning_rate", "1"], "new", "--learning_rate"),
     "unknown preset": (train, ["--preset", "XXL"], "new", "--preset"),
@@ -414,8 +501,8 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "temperature 0": (sample, ["--temperature", "0"], "out", "--temperature must be in (0, 1]"),
     "temperature 2": (sample, ["--temperature", "2"], "out", "--temperature must be in (0, 1]"),
     "few candidates": (sample, ["--temperature", "0.1", "--num_candidates", "5"], "out", "--num_candidates 5 is below 1/T"),
-    "no calls": (sample, ["--max_calls", "0"], "out", "--max_calls must be at least 1"),
-    "noise scale 2": (sample, ["--noise_scale", "2"], "out", "--noise_scale must be in [0, 1]"),
+    "no calls": (sample, ["--max_calls", "0"], "out", "argument --max_calls: 0 is not in [1, inf]"),
+    "noise scale 2": (sample, ["--noise_scale", "2"], "out", "argument --noise_scale: 2 is not in [0, 1]"),
     "exact, compiled": (sample, ["--sampler", "exact", "--compile"], "out", "drop one of the two"),
     "unknown sampler": (sample, ["--sampler", "nucleus"], "out", "--sampler"),
     "evaluations of an energy head": (sample, ["--num_evals", "4"], "out", "num_evals 4"),
@@ -426,11 +513,11 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "unknown head": (train, ["--head", "softmax"], "new", "--head"),
     "odd evaluations of a flow": (train, ["--head", "flow", "--num_evals", "5"], "new", "num_evals 5"),
     "unknown input": (train, ["--input_mode", "pixels"], "new", "--input_mode"),
-    "no samples": (sample, ["--num_samples", "0"], "out", "--num_samples"),
+    "no samples": (sample, ["--num_samples", "0"], "out", "argument --num_samples: 0 is not in [1, inf]"),
     "long prompt": (sample, ["--start", "x" * 100], "out", "the prompt has 100 tokens, but the context is 64"),
     "no prompt file": (sample, ["--start", "FILE:nowhere"], "out", "no file nowhere"),
     "brier of nothing": (eval_brier, [], "new", "no checkpoint at"),
-    "one brier sample": (eval_brier, ["--num_samples", "1"], "out", "--num_samples must be at least 2"),
+    "one brier sample": (eval_brier, ["--num_samples", "1"], "out", "argument --num_samples: 1 is not in [2, inf]"),
     "brier, other vocabulary": (eval_brier, ["--data", "other"], "out", "was trained with the tokenizer bytes"),
     "brier, odd stride": (eval_brier, ["--stride", "6"], "out", "multiples of the chunk size 4"),
     "brier, long context": (eval_brier, ["--context", "128"], "out", "longer than the model's own"),
