@@ -55,12 +55,14 @@ class CALMConfig:
     def __post_init__(self):
         self.num_evals = self.num_evals or {"energy": 1, "flow": 20, "diffusion": 100}[self.head]
         check_heads(self)
-        if self.num_evals > {"energy": 1, "flow": 1000, "diffusion": 1000}[self.head] or self.head == "flow" and self.num_evals % 2:
+        if self.num_evals > (1 if self.head == "energy" else 1000) or self.head == "flow" and self.num_evals % 2:
             fail(f"num_evals {self.num_evals}: energy takes 1, flow an even number (midpoint steps), diffusion up to 1000")
         if self.num_samples < 2:
             fail(f"num_samples must be at least 2 (the energy score compares samples), not {self.num_samples}")
         if not 0 < self.alpha < 2:
             fail(f"alpha must be in (0, 2), where the energy score is strictly proper, not {self.alpha}")
+        if not 0 <= self.aux_weight < math.inf:
+            fail(f"aux_weight must be a number from 0 on, not {self.aux_weight}")
 
 
 @dataclass
@@ -297,8 +299,7 @@ class TimeNet(nn.Module):
                                           "linear": nn.Linear(D, out)})
 
     def start_at_zero(self):
-        """At first no block does anything, and the output is zero."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters():   # at first no block does anything, and the output is zero
             if "adaLN_modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)
 
@@ -314,12 +315,10 @@ class TimeNet(nn.Module):
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
         return self.final_layer["linear"](x).float()
 
-    def noisy_start(self, h, n, noise_scale):
-        return noise_scale * torch.randn(n, *h.shape[:-1], self.config.latent_dim, device=h.device)
-
-    def targets(self, mean, log_std):
-        """A draw of z for each of the N times at which each position is trained -> (N, P, L)."""
-        return mean + log_std.exp() * torch.randn(self.config.num_samples, *mean.shape, device=mean.device)
+    def start(self, h, n, noise, noise_scale):
+        """Where a sample starts: N(0, noise_scale^2), unless `noise` is given."""
+        shape = (n, *h.shape[:-1], self.config.latent_dim)
+        return noise_scale * torch.randn(shape, device=h.device) if noise is None else noise
 
 
 class FlowHead(TimeNet):
@@ -332,14 +331,14 @@ class FlowHead(TimeNet):
 
     def loss(self, h, mean, log_std):
         """Squared error of the velocity z - x_0 at N random times of each position, averaged over dimensions -> (P,)."""
-        z = self.targets(mean, log_std)
+        z = mean + log_std.exp() * torch.randn(self.config.num_samples, *mean.shape, device=h.device)   # (N, P, L)
         noise, t = torch.randn_like(z), torch.rand(z.shape[:2], device=z.device)
         x_t = torch.lerp(noise, z, t[..., None])
         return (self.velocity(x_t, t, h) - (z - noise)).square().mean(-1).mean(0)
 
     def sample(self, h, n, noise=None, noise_scale=1.0):
         """n samples given h (..., D) -> z (n, ..., L), by num_evals / 2 midpoint steps. `noise` (n, ..., L): default N(0, 1)."""
-        x = self.noisy_start(h, n, noise_scale) if noise is None else noise
+        x = self.start(h, n, noise, noise_scale)
         times = torch.linspace(0, 1, self.config.num_evals // 2 + 1, device=h.device)
         for t, step in zip(times[:-1], times.diff()):
             middle = x + step / 2 * self.velocity(x, t.expand(x.shape[:-1]), h)
@@ -388,13 +387,13 @@ class DiffusionHead(TimeNet):
 
     def loss(self, h, mean, log_std):
         """Both terms at N random times of each position -> (P,)."""
-        z = self.targets(mean, log_std)
+        z = mean + log_std.exp() * torch.randn(self.config.num_samples, *mean.shape, device=h.device)   # (N, P, L)
         t = torch.randint(1000, z.shape[:2], device=z.device)
         return sum(self.terms(z, torch.randn_like(z), t, h)).mean(0)
 
     def sample(self, h, n, noise=None, noise_scale=1.0):
         """n samples given h (..., D) -> z (n, ..., L), by num_evals steps spread over the 1000. `noise` (n, ..., L)."""
-        x = self.noisy_start(h, n, noise_scale) if noise is None else noise
+        x = self.start(h, n, noise, noise_scale)
         times = torch.linspace(999, 0, self.config.num_evals).round().long().flip(0)
         table = self.coefficients(self.a[times]).to(h.device)
         for i in reversed(range(len(times))):
@@ -668,34 +667,32 @@ CALM.generate = AR.generate = generate   # one loop, as a method of both
 def flops_per_token(config, autoencoder=None):
     """{"train": x, "inference": x}: FLOPs a token with the paper's accounting (table 1), for any of the three configs.
 
-    PyTorch's counter watches one forward pass on tensors without memory: a multiplication and an addition are two, and
-    attention counts in full, 4*T*D a layer. Training is three forward passes; CALM's head then draws N samples, and its
-    frozen autoencoder encodes. In inference the head draws one (in num_evals evaluations), and the autoencoder decodes.
+    PyTorch's counter watches one pass over tensors without memory: a multiplication and an addition are two, attention
+    counts in full, 4*T*D a layer. Training is three forward passes; CALM's head then draws N samples, and its frozen
+    autoencoder encodes. In inference the head draws one (in num_evals evaluations), and the autoencoder decodes.
     """
-    def cost(function, shape, dtype=torch.long, **kwargs):
+    def cost(function, *shape, dtype=torch.float, **kwargs):
         with FlopCounterMode(display=False) as counter:
             function(torch.zeros(shape, dtype=dtype, device="meta"), **kwargs)
-        return counter.get_total_flops()
+        return counter.get_total_flops() / K
 
     c, K = config, getattr(config, "chunk_size", 1)
-    if isinstance(c, AutoencoderConfig):
-        with torch.device("meta"):
-            model = Autoencoder(c)
-        encode, decode = cost(model.encode, (1, K)) / K, cost(model.decode, (1, c.latent_dim), torch.float) / K
-        return {"train": 3 * (encode + decode), "encode": encode, "decode": decode}
     with torch.device("meta"):
-        model = (AR(c) if isinstance(c, ARConfig) else CALM(c, Autoencoder(autoencoder))).to("meta")
-    backbone = cost(model.hidden, (1, c.block_size * K)) / (c.block_size * K)
+        model = (Autoencoder(c) if isinstance(c, AutoencoderConfig) else AR(c) if isinstance(c, ARConfig) else
+                 CALM(c, Autoencoder(autoencoder))).to("meta")
+    if isinstance(c, AutoencoderConfig):
+        encode, decode = cost(model.encode, 1, K, dtype=torch.long), cost(model.decode, 1, c.latent_dim)
+        return {"train": 3 * (encode + decode), "encode": encode, "decode": decode}
+    backbone = cost(model.hidden, 1, c.block_size * K, dtype=torch.long) / c.block_size
     if isinstance(c, ARConfig):
-        forward = backbone + cost(model.lm_head, (1, c.n_embd), torch.float)
+        forward = backbone + cost(model.lm_head, 1, c.n_embd)
         return {"train": 3 * forward, "inference": forward}
-    ae = flops_per_token(autoencoder)
-    one, several = (cost(model.head.sample, (1, c.n_embd), torch.float, n=n) / K for n in (1, c.num_samples))
-    aux = cost(model.aux, (1, c.n_embd), torch.float) / K if c.aux_weight else 0
+    ae, aux = flops_per_token(autoencoder), cost(model.aux, 1, c.n_embd) if c.aux_weight else 0
+    one, several = (cost(model.head.sample, 1, c.n_embd, n=n) for n in (1, c.num_samples))
     return {"train": 3 * (backbone + several / c.num_evals + aux) + ae["encode"], "inference": backbone + one + ae["decode"]}
 
 
-# --- Loading ----------------------------------------------------------------------------------------------------------
+# --- Loading a run's checkpoint, or the authors' weights ---------------------------------------------------------------
 
 def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
     """The "calm" or "ar" of a run -> (model in eval mode, checkpoint). Run it under autocast to `dtype`.
@@ -718,11 +715,9 @@ def cast_matrices(model, dtype):
     return model
 
 
-# --- The authors' weights ---------------------------------------------------------------------------------------------
-
-# where the authors' names differ: theirs -> ours, of weights and of the sizes in config.json
-OFFICIAL_NAMES = {r".*\.(?=(en|de)coder\.)|^(?=(en|de)coder\.)": "autoencoder.", r"transformer\.embed_tokens": "embed_tokens",
-                  r"mlp_generator": "head", r"generative_head\.net": "head", r"time_embed\.mlp": "time_embed"}
+# theirs -> ours, where they differ
+OFFICIAL_NAMES = {r"^(.*\.)?(?=(en|de)coder\.)": "autoencoder.", r"transformer\.embed_tokens": "embed_tokens",
+                  r"mlp_generator|generative_head\.net": "head", r"time_embed\.mlp": "time_embed"}
 OFFICIAL_SIZES = {"vocab_size": "vocab_size", "patch_size": "chunk_size", "latent_size": "latent_dim", "hidden_size": "n_embd",
                   "intermediate_size": "n_ff", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
                   "num_mlp_layers": "n_head_layer"}
@@ -743,20 +738,20 @@ def load_official(folder, device="cpu", dtype=torch.float32, **changes):
     folder = Path(folder)
     config, tensors = read_published(folder)
     if not any("decoder." in name for name in tensors):
-        path = str(config.get("ae_path", ""))
-        places = [Path(path), folder / path, folder.parent / Path(path).name, *sorted(folder.parent.glob("*[Aa]utoencoder*"))]
-        place = next((p for p in places if p != folder and (p / "config.json").is_file()), None)
-        if place is None:
-            fail(f"no autoencoder in {folder} or beside it: put the published one at {folder.parent / 'CALM-Autoencoder'}")
+        path = Path(str(config.get("ae_path", "")))
+        places = [folder / path, folder.parent / path.name, *sorted(folder.parent.glob("*[Aa]utoencoder*"))]
+        place = next((p for p in places if p != folder and (p / "config.json").is_file()), folder.parent / "CALM-Autoencoder")
         tensors |= read_published(place)[1]
     state = {our_name(name): tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
     try:
-        sizes = {ours: int(config[theirs]) for theirs, ours in OFFICIAL_SIZES.items()}
-        # The embedding of the autoencoder is stored under either of its two names, or both.
+        # The autoencoder's embedding is stored under either of two names, or both.
         output = state.pop("autoencoder.decoder.lm_head_weight", None)
         embedding = state.setdefault("autoencoder.encoder.embed_tokens.weight", output)
         if output is not None and not torch.equal(embedding, output):
             raise ValueError("decoder.lm_head_weight is not encoder.embed_tokens.weight")
+        if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]) or config.get("rope_theta", 10000) != 10000:
+            raise ValueError("expected num_key_value_heads to be num_attention_heads, and rope_theta 10000")
+        sizes = {ours: int(config[theirs]) for theirs, ours in OFFICIAL_SIZES.items()}
         out = len(state.get("head.final_layer.linear.bias", ()))              # only the slow heads have this one
         c = CALMConfig(**sizes, n_noise=int(config.get("noise_size", 64)), num_samples=int(config.get("num_samples", 8)),
                        block_size=min(2048, int(config.get("max_position_embeddings", 2048))),
@@ -764,8 +759,6 @@ def load_official(folder, device="cpu", dtype=torch.float32, **changes):
         ae = AutoencoderConfig(len(embedding), c.chunk_size, c.latent_dim, embedding.shape[1],
                                len(state["autoencoder.encoder.encoder_layers.0.mlp.gate_proj.weight"]),
                                sum("encoder.encoder_layers." in name and "layernorm" in name for name in state))
-        if config.get("num_key_value_heads", c.n_head) != c.n_head or config.get("rope_theta", 10000) != 10000:
-            raise ValueError(f"expected num_key_value_heads {c.n_head} and rope_theta 10000")
         with torch.device("meta"):   # no memory for weights that are replaced
             model = cast_matrices(CALM(c, Autoencoder(ae)), dtype)
         types = {name: value.dtype for name, value in model.state_dict().items()}

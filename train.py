@@ -56,6 +56,9 @@ class TrainConfig:
 
     def __post_init__(self):
         check_sizes(self)
+        for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "decay_frac"):
+            if not 0 <= getattr(self, name) < math.inf:
+                fail(f"{name} must be a number from 0 on, not {getattr(self, name)}")
 
 
 # The paper's sizes and training, and two small recipes found by measurement. Any flag given wins.

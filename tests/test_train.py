@@ -436,7 +436,7 @@ def test_casting_matrices_once_equals_autocast(trained):
                 hidden.append(model.hidden(tokens))
                 torch.manual_seed(0)
                 hidden.append(model.draw(hidden[-1][:, -1])[0])
-        assert model.transformer.blocks[0].attn.q_proj.weight.dtype == torch.bfloat16
+        assert model.transformer.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
         assert torch.equal(hidden[0], hidden[2]) and torch.equal(hidden[1], hidden[3])
 
 
@@ -482,6 +482,11 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "alpha 2": (train, ["--alpha", "2"], "new", "alpha must be in (0, 2)"),
     "negative seed": (train, ["--seed", "-1"], "new", "argument --seed: -1 is not in [0, "),
     "not a number": (train, ["--lr", "fast"], "new", "--lr"),
+    "negative rate": (train, ["--lr", "-1"], "new", "lr must be a number from 0 on"),
+    "a rate that is no number": (train, ["--ae_muon_lr", "nan"], "new", "muon_lr must be a number from 0 on"),
+    "negative auxiliary weight": (train, ["--aux_weight", "-1"], "new", "aux_weight must be a number from 0 on"),
+    "no steps": (train, ["--max_steps", "0"], "new", "max_steps must be at least 1"),
+    "no interval": (train, ["--eval_interval", "0"], "new", "argument --eval_interval: 0 is not in [1, inf]"),
     "unknown flag": (train, ["--learning_rate", "1"], "new", "--learning_rate"),
     "unknown preset": (train, ["--preset", "XXL"], "new", "--preset"),
     "unknown device": (train, ["--device", "abacus"], "new", "no device 'abacus'"),
