@@ -702,7 +702,8 @@ def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
     if kind == "ar":
         model = AR(ARConfig(**checkpoint["config"]))
     else:
-        model = CALM(CALMConfig(**{**checkpoint["config"], **changes}), Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"])))
+        autoencoder = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
+        model = CALM(CALMConfig(**{**checkpoint["config"], **changes}), autoencoder)
     model.load_state_dict(checkpoint["model"])
     return cast_matrices(model.to(device).eval(), dtype), checkpoint
 
@@ -749,7 +750,8 @@ def load_official(folder, device="cpu", dtype=torch.float32, **changes):
         embedding = state.setdefault("autoencoder.encoder.embed_tokens.weight", output)
         if output is not None and not torch.equal(embedding, output):
             raise ValueError("decoder.lm_head_weight is not encoder.embed_tokens.weight")
-        if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]) or config.get("rope_theta", 10000) != 10000:
+        if (config.get("num_key_value_heads", config["num_attention_heads"]) != config["num_attention_heads"]
+                or config.get("rope_theta", 10000) != 10000):
             raise ValueError("expected num_key_value_heads to be num_attention_heads, and rope_theta 10000")
         sizes = {ours: int(config[theirs]) for theirs, ours in OFFICIAL_SIZES.items()}
         out = len(state.get("head.final_layer.linear.bias", ()))              # only the slow heads have this one
@@ -764,11 +766,13 @@ def load_official(folder, device="cpu", dtype=torch.float32, **changes):
         types = {name: value.dtype for name, value in model.state_dict().items()}
         model.load_state_dict({name: t.to(types.get(name, t.dtype)) for name, t in state.items()}, assign=True)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:   # load_state_dict names the tensors
-        fail(f"{folder} is not a published CALM with its autoencoder ({type(error).__name__}: {' '.join(str(error).split())[:500]})")
+        what = " ".join(str(error).split())[:500]
+        fail(f"{folder} is not a published CALM with its autoencoder ({type(error).__name__}: {what})")
     return model.to(device).eval()
 
 
 def check_vocabulary(model, tokenizer):
     """A published model has one id more than its tokenizer: [PAD]."""
     if model.config.vocab_size - tokenizer.n_vocab not in (0, 1):
-        fail(f"the model has a vocabulary of {model.config.vocab_size:,}, but the tokenizer {tokenizer.name} one of {tokenizer.n_vocab:,}")
+        fail(f"the model has a vocabulary of {model.config.vocab_size:,}, but the tokenizer {tokenizer.name} one of "
+             f"{tokenizer.n_vocab:,}")

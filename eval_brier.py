@@ -109,7 +109,8 @@ def score_windows(model, tokens, stride, S, temperature=1.0, **sampling):
 
 
 @torch.inference_mode()
-def evaluate(model, data, device, dtype, windows=750, num_samples=4, stride=None, context=None, seed=0, progress=False, **sampling):
+def evaluate(model, data, device, dtype, windows=750, num_samples=4, stride=None, context=None, seed=0, progress=False,
+             **sampling):
     """BrierLM on the validation split -> {"brier", "brierlm", "stderr", "accuracy", "collision", "positions", "samples"}.
 
     Windows of `context` tokens (default: the model's) are spread evenly over the split; n-grams start every `stride`
@@ -218,12 +219,12 @@ def main():
     parser.add_argument("--num_samples", type=within(2), default=4, help="S: samples a position, at least 2")
     parser.add_argument("--stride", type=within(4), help="tokens from one n-gram's start to the next; None: K, at least 4")
     parser.add_argument("--context", type=within(8), help="tokens a window; None: the model's context")
-    parser.add_argument("--texts", type=within(0), default=64, help="texts to write, to compare their variety with real text; 0: none")
-    parser.add_argument("--num_evals", type=within(1), help="network evaluations a sample of a flow or diffusion head; None: the model's")
+    parser.add_argument("--texts", type=within(0), default=64, help="texts to write, to compare with real text; 0: none")
+    parser.add_argument("--num_evals", type=within(1), help="evaluations a sample of a slow head; None: the model's")
     parser.add_argument("--frontier", action="store_true", help="accuracy and collision rate of each sampler setting below")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.65, 0.5, 0.4, 0.33], help="of --frontier")
     parser.add_argument("--candidates", type=within(1), nargs="+", default=[200], help="of --frontier: N of Algorithm 2")
-    parser.add_argument("--noise_scales", type=within(0, 1, float), nargs="*", default=[0.8, 0.6, 0.4], help="of --frontier, at T = 1")
+    parser.add_argument("--noise_scales", type=within(0, 1, float), nargs="*", default=[0.8, 0.6, 0.4], help="of --frontier")
     parser.add_argument("--seed", type=within(0), default=0, help="of the samples")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
@@ -245,7 +246,8 @@ def main():
         model, checkpoint = load_model(args.out_dir, args.model, device, dtype, **changes)
         data = load_data(args.data or checkpoint["data"]["name"])
         check_tokenizer(checkpoint, data)
-    measure = partial(evaluate, model, data, device, dtype, args.windows, args.num_samples, args.stride, args.context, args.seed, True)
+    measure = partial(evaluate, model, data, device, dtype, args.windows, args.num_samples, args.stride, args.context, args.seed,
+                      True)
     if args.frontier:
         return frontier(model, args, measure)
     result = measure()

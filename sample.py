@@ -88,16 +88,16 @@ def main():
     parser.add_argument("--num_samples", type=within(1), default=1, help="texts, drawn as one batch")
     parser.add_argument("--max_new_tokens", type=within(1), default=500, help="tokens a text, if no end-of-text comes first")
     parser.add_argument("--temperature", type=float, default=1.0, help="in (0, 1]")
-    parser.add_argument("--sampler", default="batch", choices=("batch", "exact"), help="how CALM samples at a temperature below 1: "
-                        "Algorithm 2, which is fast, or Algorithm 1, which is exact")
+    parser.add_argument("--sampler", default="batch", choices=("batch", "exact"),
+                        help="at a temperature below 1: Algorithm 2, which is fast, or Algorithm 1, which is exact")
     parser.add_argument("--num_candidates", type=within(1), default=200, help="of batch: candidate chunks, at least 1/T")
-    parser.add_argument("--max_calls", type=within(1), default=10_000, help="of exact: samples for one chunk, past which batch takes over")
-    parser.add_argument("--noise_scale", type=within(0, 1, float), default=1.0, help="shrink the head's noise: a heuristic in place of a temperature")
-    parser.add_argument("--num_evals", type=within(1), help="network evaluations a sample of a flow or diffusion head; None: the model's")
+    parser.add_argument("--max_calls", type=within(1), default=10_000, help="of exact: samples a chunk, then batch takes over")
+    parser.add_argument("--noise_scale", type=within(0, 1, float), default=1.0, help="of the head's noise: a heuristic for a temperature")
+    parser.add_argument("--num_evals", type=within(1), help="evaluations a sample of a slow head; None: the model's")
     parser.add_argument("--seed", type=within(0), default=0, help="same seed, same text")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
-    parser.add_argument("--compile", action="store_true", help="compile the step: a minute's wait that pays for long texts on CUDA")
+    parser.add_argument("--compile", action="store_true", help="compile the step: a minute's wait, then faster on CUDA")
     args = parser.parse_args()
     if not 0 < args.temperature <= 1:
         fail(f"--temperature must be in (0, 1], not {args.temperature}")

@@ -68,8 +68,8 @@ SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, aux_weight=0.5, optimizer="
              decay_frac=0.4, grad_accum=1, ae_n_embd=256, ae_n_ff=640, ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.4,
              ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=1800,
-                 ae_max_steps=600),
+    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=1200,
+                 ae_max_steps=300),
     "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=6000,
                  batch_size=32, ae_max_steps=2000, ae_batch_size=16),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
@@ -122,9 +122,9 @@ def parse_args(argv):
                      help="train nothing; measure speed and memory with random weights and tokens, about 2 seconds a figure")
     run.add_argument("--json", action="store_true", help="with --bench: end with one JSON object on a line")
     run.add_argument("--vocab_size", type=int, default=257, help="of --bench; a training run takes its data's")
-    run.add_argument("--shard_optimizer", action="store_true", help="under torchrun: the optimizer's state in shares, one a process")
+    run.add_argument("--shard_optimizer", action="store_true", help="under torchrun: a share of its state in each process")
     run.add_argument("--log_interval", type=within(1), default=10, help="steps between lines of log.jsonl")
-    run.add_argument("--eval_interval", type=within(1), default=500, help="steps between evaluations, each followed by a checkpoint")
+    run.add_argument("--eval_interval", type=within(1), default=500, help="steps between evaluations, each with a checkpoint")
     add_flags(parser.add_argument_group("training"), TrainConfig)
     add_flags(parser.add_argument_group("model (the baseline takes what it has; its context is the same text, block_size * K "
                                         "tokens)"), CALMConfig, skip={"vocab_size"})
@@ -216,7 +216,8 @@ def make_optimizers(model, config, shard=False):
               dict(params=[p for p in model.parameters() if p.requires_grad and p.ndim != 2], weight_decay=0.0)]
     kinds = [(torch.optim.AdamW, groups, dict(lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True))]
     if muon:
-        kinds.append((torch.optim.Muon, list(muon.values()), dict(lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95)))
+        kinds.append((torch.optim.Muon, list(muon.values()),
+                      dict(lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.95)))
     if shard:
         from torch.distributed.optim import ZeroRedundancyOptimizer   # here: only builds with torch.distributed have it
         optimizers = [ZeroRedundancyOptimizer(params, kind, **settings) for kind, params, settings in kinds]
@@ -357,10 +358,12 @@ def train_step(compute, batches, count, optimizers, scaler, grad_clip, world):
     return total
 
 
-def train_stage(stage, model, config, args, data, world, cost, extra, resume_from=None):
-    """Train `model` to the last step of `config`, with checkpoints in out_dir/<stage>.pt.
-
-    cost: training FLOPs a token; extra: what else belongs in the checkpoint; resume_from: a checkpoint of this stage."""
+def train_stage(stage, model, args, data, world, cost, **extra):
+    """Train `model` from its checkpoint out_dir/<stage>.pt, if there is one, to its last step. A finished autoencoder stays
+    as it is, unless it is what was asked for. cost: training FLOPs a token; extra: what else belongs in the checkpoint."""
+    checkpoint, config = open_stage(stage, model, args, data), config_of(TrainConfig, args, stage)
+    if checkpoint and checkpoint["done"] and stage != args.model:
+        return
     steps, count = config.max_steps, math.ceil(config.grad_accum / world.size)   # micro-batches of each process
     inputs = args.block_size * args.chunk_size
     length = inputs + {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[stage]   # with the last target
@@ -372,11 +375,10 @@ def train_stage(stage, model, config, args, data, world, cost, extra, resume_fro
     shard = args.shard_optimizer and world.size > 1
     optimizers = make_optimizers(model, config, shard)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    begin = 0
-    if resume_from:
-        begin = resume_from["step"]
-        scaler.load_state_dict(resume_from["scaler"])
-        for optimizer, state in zip(optimizers, resume_from["optimizers"]):
+    begin = checkpoint["step"] if checkpoint else 0
+    if checkpoint:
+        scaler.load_state_dict(checkpoint["scaler"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
     model.forward = model.loss   # what torch.compile and DistributedDataParallel wrap
     compute = torch.compile(model) if world.compile else model
@@ -417,7 +419,7 @@ def train_stage(stage, model, config, args, data, world, cost, extra, resume_fro
         if not math.isfinite(loss):
             progress.bar.close()
             kept = f"{path} holds the last good step" if path.exists() else "no checkpoint had been written yet"
-            fail(f"the loss of {stage} is {loss} at step {step}: stopped; {kept}. Lower --lr or --muon_lr, or try --dtype float32")
+            fail(f"the loss of {stage} is {loss} at step {step}: stopped; {kept}. Lower --lr or --muon_lr, or use --dtype float32")
         metrics = {}
         if evaluating:
             began = time.time()
@@ -446,9 +448,11 @@ def bench(args, world):
     optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler(device.type, enabled=world.dtype == torch.float16)
     model.forward = model.loss
     compute = torch.compile(model) if world.compile else model
-    step = median_seconds(lambda: train_step(compute, [tokens], 1, optimizers, scaler, config.grad_clip, world), device, args.bench)
-    speed, memory = P * K / step, peak_memory_gb(device)
-    mfu = speed * flops_per_token(c, autoencoder.config)["train"] / peak_flops(device, world.dtype) if device.type == "cuda" else None
+    train = lambda: train_step(compute, [tokens], 1, optimizers, scaler, config.grad_clip, world)
+    step = median_seconds(train, device, args.bench)
+    speed, memory, mfu = P * K / step, peak_memory_gb(device), None
+    if device.type == "cuda":
+        mfu = speed * flops_per_token(c, autoencoder.config)["train"] / peak_flops(device, world.dtype)
 
     def share(forward):
         """Of a part, its backward pass included, in the time of a step."""
@@ -477,7 +481,7 @@ def bench(args, world):
     made = {"calm_T1": tokens_per_s(calm, new), "calm_T0.5": tokens_per_s(calm, new // 4, 0.5), "ar_T1": tokens_per_s(ar, new),
             "calm_T1_b32": tokens_per_s(calm, new, batch=32), "ar_T1_b32": tokens_per_s(ar, new // 4, batch=32)}
     precision = str(world.dtype).removeprefix("torch.")
-    print(f"{'training, ' + precision:28} {speed:10,.0f} tokens/s, peak memory {memory:.2f} GB" + (f", MFU {mfu:.1%}" if mfu else ""))
+    print(f"{'training, ' + precision:28} {speed:10,.0f} tokens/s, peak memory {memory:.2f} GB" + (f", MFU {mfu:.1%}" if mfu else ''))
     for name, value in shares.items():
         print(f"{'  ' + name.replace('_', ' '):28} {value:10.1%} of the step")
     for name, value in made.items():
@@ -518,7 +522,8 @@ def finish(model, args, data, world):
     if not world.main:
         return
     print("\n" + eval_brier.describe(result))
-    write_log(args.out_dir / "log.jsonl", "a", {"stage": args.model, "step": args.max_steps, "seconds": 0.0, "final": True, **result})
+    entry = {"stage": args.model, "step": args.max_steps, "seconds": 0.0, "final": True, **result}
+    write_log(args.out_dir / "log.jsonl", "a", entry)
     middle = data.even_offsets("val", 2, args.block_size * args.chunk_size)[-1:]
     prompt = data.batch("val", middle, args.block_size * args.chunk_size // 4).to(world.device)
     decode = lambda tokens: data.tokenizer.decode_bytes(tokens.tolist()).decode("utf-8", "replace")
@@ -528,7 +533,8 @@ def finish(model, args, data, world):
         with autocast(world.device, world.dtype):
             text = generate(model, prompt, 400, temperature, eot_token(data.tokenizer))
         print(f"--- continued by the model at T = {temperature:g} {'-' * 43}\n{decode(text[0, prompt.shape[1]:])}")
-    print(f"{'-' * 80}\nNext:\n  python sample.py --out_dir {args.out_dir} --model {args.model} --temperature 0.5 --start 'def main('")
+    print(f"{'-' * 80}\nNext:")
+    print(f"  python sample.py --out_dir {args.out_dir} --model {args.model} --temperature 0.5 --start 'def main('")
     if args.model == "calm":
         print(f"  python train.py --out_dir {args.out_dir} --data {args.data} --model ar --match_flops {args.out_dir}"
               f"   # the baseline at equal cost")
@@ -546,13 +552,10 @@ def main():
     data = load_data(args.data)
     vocab_size, extra = data.meta["vocab_size"], {}
 
+    torch.manual_seed(args.seed)
     if args.model != "ar":
-        torch.manual_seed(args.seed)
         model = Autoencoder(config_of(AutoencoderConfig, args, "autoencoder", vocab_size=vocab_size))
-        checkpoint = open_stage("autoencoder", model, args, data)
-        if not checkpoint or not checkpoint["done"] or args.model == "autoencoder":   # a finished one stays as it is
-            train_stage("autoencoder", model, config_of(TrainConfig, args, "autoencoder"), args, data, world,
-                        flops_per_token(model.config)["train"], {}, checkpoint)
+        train_stage("autoencoder", model, args, data, world, flops_per_token(model.config)["train"])
     if args.model == "autoencoder":
         return
 
@@ -569,9 +572,8 @@ def main():
         total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
         micro_batches_a_step = world.size * math.ceil(args.grad_accum / world.size)
         args.max_steps = round(total / cost / (micro_batches_a_step * args.batch_size * model.config.block_size))
-        world.say(f"{args.max_steps:,} steps match the {total:.2e} training FLOPs of {args.match_flops}, its autoencoder's included")
-    checkpoint = open_stage(args.model, model, args, data)
-    train_stage(args.model, model, config_of(TrainConfig, args, args.model), args, data, world, cost, extra, checkpoint)
+        world.say(f"{args.max_steps:,} steps match the {total:.2e} training FLOPs of {args.match_flops}, autoencoder included")
+    train_stage(args.model, model, args, data, world, cost, **extra)
     finish(cast_matrices(model.eval(), world.dtype), args, data, world)   # the training is over
 
 

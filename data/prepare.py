@@ -382,7 +382,7 @@ def main():
                         help=f"stdlib, {', '.join(DOWNLOADS)}, files or folders ({' '.join(SUFFIXES)}, .gz of these), or -")
     parser.add_argument("--name", help="name of the data set; None: from the source and the tokenizer")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, a tiktoken name, or a tiktoken-format file")
-    parser.add_argument("--val_fraction", type=within(0, 1, float), help="share of the documents held out; None: the source's own, or 0.1")
+    parser.add_argument("--val_fraction", type=within(0, 1, float), help="share of documents held out; None: the source's, or 0.1")
     args = parser.parse_args()
     prepare(args.source, args.name, args.tokenizer, args.val_fraction)
 

@@ -327,61 +327,73 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_step(
 
 # --- Faults in files --------------------------------------------------------------------------------------------------
 
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the trained run and of its data, to damage -> the baseline's flags to go on with it, the run's folder, the data's."""
+    out, folder = (shutil.copytree(trained / name, tmp_path / name) for name in ("out", "foxes4"))
+    return ["--data", folder, "--out_dir", out, "--model", "ar", "--resume"], out, folder
+
+
 @pytest.mark.parametrize("damage", ["a flipped byte", "missing bytes", "a page of zeros"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(damage, foxes, tmp_path, run):
-    out = tmp_path / "out"
-    flags = ["--data", foxes, "--out_dir", out, "--model", "ar"]
-    assert run(train, *flags, *SHORT).code == 0   # saved at steps 10 and 15
-    path, earlier = out / "ar.pt", out / "ar.previous.pt"
-    whole, kept, middle = path.read_bytes(), weights(path), len(path.read_bytes()) // 2
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(damage, copied, run):
+    flags, out, _ = copied
+    path, earlier = out / "ar.pt", out / "ar.previous.pt"                     # of steps 15 and 10
+    whole, kept, middle = path.read_bytes(), weights(path), path.stat().st_size // 2
     path.write_bytes({"a flipped byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:],
                       "missing bytes": whole[:middle], "a page of zeros": whole[:middle] + bytes(4096) + whole[middle + 4096:]}[damage])
-    for script, argv in ((train, [*flags, "--resume"]), (sample, ["--out_dir", out, "--model", "ar"])):
+    for script, argv in ((train, flags), (sample, ["--out_dir", out, "--model", "ar"])):
         result = run(script, *argv)
         assert result.code == 2 and "ar.pt is not a whole checkpoint" in result.err
         assert "rename ar.previous.pt to ar.pt" in result.err and "Traceback" not in result.err
     earlier.rename(path)
-    assert run(train, *flags, "--resume", "--device", "cpu").code == 0
+    assert run(train, *flags, "--device", "cpu").code == 0
     assert_same_weights(kept, weights(path), rtol=0, atol=0)                  # the same steps again, to the same end
 
 
-def test_data_replaced_between_runs_is_recognised(foxes, data_dir, tmp_path, run):
-    out, path = tmp_path / "out", data_dir / foxes / "train.bin"
-    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "ar").code == 0
+def test_data_replaced_between_runs_is_recognised(copied, tmp_path, run):
+    flags, out, folder = copied
+    path = folder / "train.bin"
     path.write_bytes(path.read_bytes()[2:] + path.read_bytes()[:2])           # as long as before
-    result = run(train, "--data", foxes, "--out_dir", out, "--model", "ar", "--resume", "--max_steps", 20)
+    result = run(train, *flags, "--max_steps", 20)
     assert result.code == 2 and "train.bin is not, or no longer, what was prepared" in result.err
     text = tmp_path / "cats.txt"
     text.write_text("the quick brown cat jumps over the lazy dog. " * 800)
-    data.prepare.prepare([text], foxes, out_root=data_dir)                    # other data under the same name
-    result = run(train, "--data", foxes, "--out_dir", out, "--model", "ar", "--resume", "--max_steps", 20)
+    data.prepare.prepare([text], folder.name, out_root=folder.parent)         # other data under the same name
+    result = run(train, *flags, "--max_steps", 20)
     assert result.code == 2 and "was trained on other data" in result.err
 
 
-def test_an_out_dir_that_cannot_be_written_is_one_line(foxes, tmp_path, run):
-    (tmp_path / "file").write_text("not a folder")
-    result = run(train, "--data", foxes, "--out_dir", tmp_path / "file" / "out", *SHORT, "--model", "ar")
-    assert result.code == 2 and "could not write" in result.err and "Traceback" not in result.err
-
-
-def test_a_torn_line_of_the_log_is_left_out(foxes, tmp_path, run):
-    out = tmp_path / "out"
-    flags = ["--data", foxes, "--out_dir", out, "--model", "ar"]
-    assert run(train, *flags, *SHORT).code == 0
+def test_a_torn_line_of_the_log_is_left_out(copied, run):
+    flags, out, _ = copied
     before = losses(out, "ar")
     with open(out / "log.jsonl", "a") as log:
         log.write('{"stage": "ar", "st')
-    assert run(train, *flags, "--resume", "--max_steps", 20).code == 0
+    assert run(train, *flags, "--max_steps", 20).code == 0
     assert before.items() <= losses(out, "ar").items() and 20 in losses(out, "ar")
 
 
-def test_a_deterministic_run_repeats_to_the_bit(foxes, tmp_path):
+def test_an_out_dir_that_cannot_be_written_is_one_line(trained, tmp_path, run):
+    (tmp_path / "file").write_text("not a folder")
+    result = run(train, "--data", trained / "foxes4", "--out_dir", tmp_path / "file" / "out", *SHORT, "--model", "ar")
+    assert result.code == 2 and "could not write" in result.err and "Traceback" not in result.err
+
+
+def test_a_checkpoint_cannot_choose_where_a_resumed_run_writes(copied, tmp_path, run):
+    flags, out, folder = copied
+    checkpoint = load_checkpoint(out / "ar.pt")
+    checkpoint["settings"] |= {"out_dir": str(tmp_path / "elsewhere"), "match_flops": str(tmp_path / "elsewhere"), "max_steps": 20}
+    torch.save(checkpoint, out / "ar.pt")
+    before = set(tmp_path.rglob("*"))
+    assert run(train, *flags, "--device", "cpu").code == 0
+    assert {p.parent for p in set(tmp_path.rglob("*")) - before} <= {out} and load_checkpoint(out / "ar.pt")["step"] == 20
+
+
+def test_a_deterministic_run_repeats_to_the_bit(trained, tmp_path):
     """Twice in processes of their own, because the switch is one of the whole process."""
-    flags = ["--data", foxes, *SHORT, "--deterministic", "--aux_weight", "0.5", "--optimizer", "muon"]
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data.prepare, train, pathlib; " \
-             f"data.prepare.DATA_DIR = pathlib.Path({str(data.prepare.DATA_DIR)!r}); train.main()"
+    command = [sys.executable, ROOT / "train.py", "--data", trained / "foxes4", *SHORT, "--deterministic", "--optimizer", "muon",
+               "--aux_weight", "0.5", "--ae_max_steps", "5", "--max_steps", "5"]
     for name in ("one", "two"):
-        subprocess.run([sys.executable, "-c", script, *flags, "--out_dir", str(tmp_path / name)], check=True, capture_output=True)
+        subprocess.run([*map(str, command), "--out_dir", str(tmp_path / name)], check=True, capture_output=True, cwd=ROOT)
     for stage in ("autoencoder", "calm"):
         assert_same_weights(weights(tmp_path / "one" / f"{stage}.pt"), weights(tmp_path / "two" / f"{stage}.pt"), rtol=0, atol=0)
 
@@ -556,6 +568,14 @@ def test_an_empty_prompt_and_a_prompt_from_a_file_or_stdin_are_continued(trained
     assert run(sample, *out, "--start", f"FILE:{trained / 'start.txt'}").out.startswith("the quick")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"\xff any bytes")))
     assert run(sample, *out, "--start", "-").out.startswith("\ufffd any bytes")
+
+
+@pytest.mark.parametrize("prompt", [b"\0" * 5, b"\xff\xfe\x80", "\U0010fffd\u2028".encode(), b"\xed\xa0\x80 half", b"\r\n\t" * 9])
+def test_any_bytes_are_a_prompt(prompt, trained, tmp_path, run):
+    (tmp_path / "prompt").write_bytes(prompt)
+    result = run(sample, "--out_dir", trained / "out", "--device", "cpu", "--start", f"FILE:{tmp_path / 'prompt'}", "--max_new_tokens", 9,
+                 "--num_samples", 2)
+    assert result.code == 0 and result.out.startswith(prompt.decode("utf-8", "replace").rstrip("\ufffd")) and "tokens/s" in result.err
 
 
 def test_the_baseline_takes_no_notice_of_the_heads_flags(trained, run):
