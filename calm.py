@@ -18,7 +18,7 @@ M target samples, P positions (B and T flattened). tokens (B, T*K), h (B, T, D),
 import math
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -677,9 +677,10 @@ def flops_per_token(config, autoencoder=None):
         return counter.get_total_flops() / K
 
     c, K = config, getattr(config, "chunk_size", 1)
+    evals = 2 if getattr(c, "head", None) == "flow" else 1                    # the fewest that this head can sample with
     with torch.device("meta"):
         model = (Autoencoder(c) if isinstance(c, AutoencoderConfig) else AR(c) if isinstance(c, ARConfig) else
-                 CALM(c, Autoencoder(autoencoder))).to("meta")
+                 CALM(replace(c, num_evals=evals), Autoencoder(autoencoder))).to("meta")
     if isinstance(c, AutoencoderConfig):
         encode, decode = cost(model.encode, 1, K, dtype=torch.long), cost(model.decode, 1, c.latent_dim)
         return {"train": 3 * (encode + decode), "encode": encode, "decode": decode}
@@ -688,8 +689,8 @@ def flops_per_token(config, autoencoder=None):
         forward = backbone + cost(model.lm_head, 1, c.n_embd)
         return {"train": 3 * forward, "inference": forward}
     ae, aux = flops_per_token(autoencoder), cost(model.aux, 1, c.n_embd) if c.aux_weight else 0
-    one, several = (cost(model.head.sample, 1, c.n_embd, n=n) for n in (1, c.num_samples))
-    return {"train": 3 * (backbone + several / c.num_evals + aux) + ae["encode"], "inference": backbone + one + ae["decode"]}
+    one, several = (cost(model.head.sample, 1, c.n_embd, n=n) / evals for n in (1, c.num_samples))   # of one evaluation
+    return {"train": 3 * (backbone + several + aux) + ae["encode"], "inference": backbone + c.num_evals * one + ae["decode"]}
 
 
 # --- Loading a run's checkpoint, or the authors' weights ---------------------------------------------------------------

@@ -272,7 +272,7 @@ result = evaluate(model, load_data({str(trained / "foxes4")!r}), torch.device("c
 if os.environ.get("RANK", "0") == "0":
     print(result)
 """)
-    one, three = (subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=120).stdout
+    one, three = (subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, timeout=120).stdout.splitlines()[-1]
                   for command in ([sys.executable, str(script)], torchrun(3, script)))
     assert "brierlm" in one and one == three
 
