@@ -42,14 +42,14 @@ class AutoencoderConfig:
         check_sizes(self)
         for name, most in (("dropout", 1), ("token_mask", 1), ("kl_weight", float("inf")), ("kl_clip", float("inf"))):
             if not 0 <= getattr(self, name) < most:
-                fail(f"{name} must be in [0, {most}), not {getattr(self, name)}")
+                raise ValueError(f"{name} must be in [0, {most}), not {getattr(self, name)}")
 
 
 def check_sizes(config):
     """Every whole number in a config counts something."""
     for name, value in vars(config).items():
         if isinstance(value, int) and value < 1:
-            fail(f"{name} must be at least 1, not {value}")
+            raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 class RMSNorm(nn.RMSNorm):

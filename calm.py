@@ -56,13 +56,13 @@ class CALMConfig:
         self.num_evals = self.num_evals or {"energy": 1, "flow": 20, "diffusion": 100}[self.head]
         check_heads(self)
         if self.num_evals > (1 if self.head == "energy" else 1000) or self.head == "flow" and self.num_evals % 2:
-            fail(f"num_evals {self.num_evals}: energy takes 1, flow an even number (midpoint steps), diffusion up to 1000")
+            raise ValueError(f"num_evals {self.num_evals}: energy takes 1, flow an even number, diffusion up to 1000")
         if self.num_samples < 2:
-            fail(f"num_samples must be at least 2 (the energy score compares samples), not {self.num_samples}")
+            raise ValueError(f"num_samples must be at least 2 (the energy score compares samples), not {self.num_samples}")
         if not 0 < self.alpha < 2:
-            fail(f"alpha must be in (0, 2), where the energy score is strictly proper, not {self.alpha}")
+            raise ValueError(f"alpha must be in (0, 2), where the energy score is strictly proper, not {self.alpha}")
         if not 0 <= self.aux_weight < math.inf:
-            fail(f"aux_weight must be a number from 0 on, not {self.aux_weight}")
+            raise ValueError(f"aux_weight must be a number from 0 on, not {self.aux_weight}")
 
 
 @dataclass
@@ -81,7 +81,7 @@ class ARConfig:
 def check_heads(config):
     check_sizes(config)
     if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
-        fail(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}, into heads of an even width")
+        raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}, into heads of an even width")
 
 
 # --- The Transformer (section 3.3), LLaMA's: RMSNorm, rotary positions, causal attention, SwiGLU, no biases -----------
@@ -488,7 +488,7 @@ class CALM(nn.Module):
         c, K, D = config, config.chunk_size, config.n_embd
         for name in ("vocab_size", "chunk_size", "latent_dim"):
             if getattr(c, name) != getattr(autoencoder.config, name):
-                fail(f"the model's {name} is {getattr(c, name)}, but its autoencoder's is {getattr(autoencoder.config, name)}")
+                raise ValueError(f"{name} is {getattr(c, name)}, but the autoencoder's is {getattr(autoencoder.config, name)}")
         self.config, self.chunk_size = c, K
         if c.input_mode != "continuous":
             self.embed_tokens = nn.Embedding(c.vocab_size, D)
@@ -700,11 +700,14 @@ def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
 
     changes: fields of CALM's config to read otherwise than trained (num_evals)."""
     checkpoint = load_checkpoint(Path(out_dir) / f"{kind}.pt", kind)
-    if kind == "ar":
-        model = AR(ARConfig(**checkpoint["config"]))
-    else:
-        autoencoder = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
-        model = CALM(CALMConfig(**{**checkpoint["config"], **changes}), autoencoder)
+    try:
+        if kind == "ar":
+            model = AR(ARConfig(**checkpoint["config"]))
+        else:
+            autoencoder = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
+            model = CALM(CALMConfig(**{**checkpoint["config"], **changes}), autoencoder)
+    except ValueError as error:
+        fail(f"the model in {out_dir} cannot be read so: {error}")
     model.load_state_dict(checkpoint["model"])
     return cast_matrices(model.to(device).eval(), dtype), checkpoint
 

@@ -58,7 +58,7 @@ class TrainConfig:
         check_sizes(self)
         for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "decay_frac"):
             if not 0 <= getattr(self, name) < math.inf:
-                fail(f"{name} must be a number from 0 on, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
 
 
 # The paper's sizes and training, and two small recipes found by measurement. Any flag given wins.
@@ -144,7 +144,11 @@ def parse_args(argv):
         fail("--match_flops sets the length of an AR run: add --model ar")
     for config, stage in ((TrainConfig, "autoencoder"), (TrainConfig, "calm"), (AutoencoderConfig, "autoencoder"),
                           (CALMConfig, "calm"), (ARConfig, "ar")):
-        config_of(config, args, stage)   # wrong sizes are found now, not after the autoencoder is trained
+        try:
+            config_of(config, args, stage)   # wrong sizes are found now, not after the autoencoder is trained
+        except ValueError as error:
+            name, what = str(error).split(maxsplit=1)
+            fail(f"--{flag(name, stage)} {what}")
     return args
 
 
