@@ -13,9 +13,12 @@ Shapes: K tokens in a chunk, V vocabulary, H width, L latent size; (...) any lea
 import json
 import math
 import os
+import statistics
+import sys
+import time
 import zipfile
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -47,9 +50,9 @@ class AutoencoderConfig:
 
 def check_sizes(config):
     """Every whole number in a config counts something."""
-    for name, value in vars(config).items():
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    for f in fields(config):
+        if f.type is int and getattr(config, f.name) < 1:
+            raise ValueError(f"{f.name} must be at least 1, not {getattr(config, f.name)}")
 
 
 class RMSNorm(nn.RMSNorm):
@@ -173,7 +176,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# --- What every script that runs a model needs: a device, a precision, checkpoints ------------------------------------
+# --- What the scripts share: a device, a precision, its speed and memory, checkpoints ----------------------------------
 
 def select_device(name="auto"):
     """`auto` -> cuda, mps or cpu, whichever is there first; or the named device, if it is there."""
@@ -199,6 +202,35 @@ def select_dtype(name, device):
 def autocast(device, dtype):
     """Mixed precision: matrix products in `dtype`, weights and losses in float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def median_seconds(function, device, seconds):
+    """Median time of a call after a warm-up, over at least 3 calls and about `seconds`."""
+    times = []
+    while len(times) < 4 or sum(times[1:]) < seconds:
+        began = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def peak_flops(device, dtype, n=8192):
+    """FLOPs a second that this card reaches on one large matrix product: what MFU is measured against."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n ** 3 / median_seconds(lambda: a @ b, device, 0.1)
+
+
+def peak_memory_gb(device):
+    """The most that was allocated on a CUDA device so far, elsewhere by the whole process (0 on Windows, which does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def save_checkpoint(path, checkpoint):

@@ -699,7 +699,8 @@ def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
     """The "calm" or "ar" of a run -> (model in eval mode, checkpoint). Run it under autocast to `dtype`.
 
     changes: fields of CALM's config to read otherwise than trained (num_evals)."""
-    checkpoint = load_checkpoint(Path(out_dir) / f"{kind}.pt", kind)
+    path = Path(out_dir) / f"{kind}.pt"
+    checkpoint = load_checkpoint(path, kind)
     try:
         if kind == "ar":
             model = AR(ARConfig(**checkpoint["config"]))
@@ -707,7 +708,7 @@ def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
             autoencoder = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
             model = CALM(CALMConfig(**{**checkpoint["config"], **changes}), autoencoder)
     except ValueError as error:
-        fail(f"the model in {out_dir} cannot be read so: {error}")
+        fail(f"{path}: {error}")
     model.load_state_dict(checkpoint["model"])
     return cast_matrices(model.to(device).eval(), dtype), checkpoint
 

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import signal
-import statistics
 import sys
 import time
 from contextlib import nullcontext
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 import eval_brier
 from autoencoder import (Autoencoder, AutoencoderConfig, autocast, check_sizes, load_autoencoder, load_checkpoint,
-                         save_checkpoint, select_device, select_dtype)
+                         median_seconds, peak_flops, peak_memory_gb, save_checkpoint, select_device, select_dtype)
 from calm import AR, CALM, ARConfig, CALMConfig, KVCache, cast_matrices, energy_score, flops_per_token, generate, half_of_targets
 from data.prepare import Parser, eot_token, fail, load_data, within
 
@@ -309,35 +308,6 @@ class Progress:
             self.world.say(f"{self.stage} step {step}: loss {loss:.4g}, " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         if self.world.main:
             write_log(self.path, "a", entry)
-
-
-def median_seconds(function, device, seconds):
-    """Median time of a call after a warm-up, over at least 3 calls and about `seconds`."""
-    times = []
-    while len(times) < 4 or sum(times[1:]) < seconds:
-        began = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
-
-
-def peak_flops(device, dtype, n=8192):
-    """FLOPs a second that this card reaches on one large matrix product: what MFU is measured against."""
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / median_seconds(lambda: a @ b, device, 0.1)
-
-
-def peak_memory_gb(device):
-    """The most that was allocated on a CUDA device so far, elsewhere by the whole process (0 on Windows, which does not say)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
