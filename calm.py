@@ -122,6 +122,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
 
     def forward(self, x, cos, sin, cache=None, at=None, mask=None):
+        """x (B, T, D), cos and sin (T, hs) -> (B, T, D). With a cache: positions `at` (T,), and a mask (T, end) of whom they see."""
         q, k, v = (proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)   # (B, nh, T, hs)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if x.device.type == "cpu":
@@ -129,7 +130,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
         if cache is not None:
             k, v = cache.write(self.layer, at, k, v)[..., :mask.shape[1], :]
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False):   # which would make it bfloat16 again
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).flatten(-2))                     # (B, T, D)
 
@@ -142,8 +143,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd)
         self.mlp = SwiGLU(config.n_embd, config.n_ff)
 
-    def forward(self, x, *positions):
-        x = x + self.self_attn(self.input_layernorm(x), *positions)
+    def forward(self, x, cos, sin, cache=None, at=None, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, at, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -215,7 +216,7 @@ class EnergyHead(nn.Module):
             linears=nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, config.latent_dim))))
 
     def start_at_zero(self):
-        nn.init.zeros_(self.final_layer.linears[2].weight)   # the first samples are all zero, and so are their gradients into h
+        nn.init.zeros_(self.final_layer.linears[2].weight)   # the first samples are zero, and so are their gradients into h
 
     def sample(self, h, n, noise=None, noise_scale=1.0):
         """n samples given h (..., D) -> z (n, ..., L). `noise` (n, ..., n_noise): default U[-0.5, 0.5] * noise_scale."""

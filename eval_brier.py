@@ -220,7 +220,7 @@ def main():
     parser.add_argument("--stride", type=within(4), help="tokens from one n-gram's start to the next; None: K, at least 4")
     parser.add_argument("--context", type=within(8), help="tokens a window; None: the model's context")
     parser.add_argument("--texts", type=within(0), default=64, help="texts to write, to compare with real text; 0: none")
-    parser.add_argument("--num_evals", type=within(1), help="evaluations a sample of a slow head; None: the model's")
+    parser.add_argument("--num_evals", type=within(1), help="of a flow or diffusion head: evaluations a sample")
     parser.add_argument("--frontier", action="store_true", help="accuracy and collision rate of each sampler setting below")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.65, 0.5, 0.4, 0.33], help="of --frontier")
     parser.add_argument("--candidates", type=within(1), nargs="+", default=[200], help="of --frontier: N of Algorithm 2")

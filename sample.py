@@ -93,7 +93,7 @@ def main():
     parser.add_argument("--num_candidates", type=within(1), default=200, help="of batch: candidate chunks, at least 1/T")
     parser.add_argument("--max_calls", type=within(1), default=10_000, help="of exact: samples a chunk, then batch takes over")
     parser.add_argument("--noise_scale", type=within(0, 1, float), default=1.0, help="of the head's noise: a heuristic for a temperature")
-    parser.add_argument("--num_evals", type=within(1), help="evaluations a sample of a slow head; None: the model's")
+    parser.add_argument("--num_evals", type=within(1), help="of a flow or diffusion head: evaluations a sample")
     parser.add_argument("--seed", type=within(0), default=0, help="same seed, same text")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
