@@ -51,10 +51,13 @@ class CALMConfig:
     head: Literal["energy", "flow", "diffusion"] = "energy"   # generative head
     num_evals: int = 0             # network evaluations a sample; 0: the paper's, 1 (energy), 20 (flow) or 100 (diffusion)
     aux_weight: float = 0.0        # departure: weight of a next-chunk cross-entropy read from h; unused at inference
+    head_grad: float = 1.0         # departure: share of the head's gradient that reaches h
+    embed_std: float = 0.02        # departure where not 0.02: standard deviation of the first embeddings
+    qk_norm: float = 0.0           # departure: root mean square that queries and keys are scaled to; 0: left as they are
 
     def __post_init__(self):
         self.num_evals = self.num_evals or {"energy": 1, "flow": 20, "diffusion": 100}[self.head]
-        check_heads(self)
+        check_backbone(self)
         if self.num_evals > (1 if self.head == "energy" else 1000) or self.head == "flow" and self.num_evals % 2:
             raise ValueError(f"num_evals {self.num_evals}: energy takes 1, flow an even number, diffusion up to 1000")
         if self.num_samples < 2:
@@ -63,6 +66,8 @@ class CALMConfig:
             raise ValueError(f"alpha must be in (0, 2), where the energy score is strictly proper, not {self.alpha}")
         if not 0 <= self.aux_weight < math.inf:
             raise ValueError(f"aux_weight must be a number from 0 on, not {self.aux_weight}")
+        if not 0 <= self.head_grad <= 1:
+            raise ValueError(f"head_grad must be in [0, 1], not {self.head_grad}")
 
 
 @dataclass
@@ -73,13 +78,18 @@ class ARConfig:
     n_layer: int = 12
     n_head: int = 16
     block_size: int = 2048         # context in tokens
+    embed_std: float = 0.02
+    qk_norm: float = 0.0
 
     def __post_init__(self):
-        check_heads(self)
+        check_backbone(self)
 
 
-def check_heads(config):
+def check_backbone(config):
     check_sizes(config)
+    for name in ("embed_std", "qk_norm"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be a number from 0 on, not {getattr(config, name)}")
     if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
         raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}, into heads of an even width")
 
@@ -118,13 +128,15 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         D = config.n_embd
-        self.layer, self.n_head = layer, config.n_head
+        self.layer, self.n_head, self.qk_norm = layer, config.n_head, config.qk_norm
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
 
     def forward(self, x, cos, sin, cache=None, at=None, mask=None):
         """x (B, T, D), cos and sin (T, hs) -> (B, T, D). With a cache: positions `at` (T,), and a mask (T, end) of whom they see."""
         q, k, v = (proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)   # (B, nh, T, hs)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:   # no score above qk_norm^2 sqrt(hs): attention cannot harden too early
+            q, k = (self.qk_norm * F.rms_norm(x.float(), x.shape[-1:]) for x in (q, k))
         if x.device.type == "cpu":
             v = v.float()   # a CPU's attention is no slower in float32 than in bfloat16, for a single query much faster
         q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
@@ -502,6 +514,8 @@ class CALM(nn.Module):
         if c.aux_weight:
             self.aux = nn.Linear(D, K * c.vocab_size)
         self.apply(init_weights)
+        if c.input_mode != "continuous":
+            nn.init.normal_(self.embed_tokens.weight, std=c.embed_std)
         self.head.start_at_zero()
         self.autoencoder = autoencoder.requires_grad_(False)
 
@@ -531,7 +545,8 @@ class CALM(nn.Module):
         targets = tokens[:, K:].reshape(-1, K)                                # (P, K)
         with torch.no_grad():
             mean, log_std = (v.float() for v in self.autoencoder.encode(targets))
-        loss = self.head.loss(h, mean, log_std).mean()
+        h_head = h.detach().lerp(h, self.config.head_grad)                    # h; its gradient is scaled
+        loss = self.head.loss(h_head, mean, log_std).mean()
         metrics = {self.config.head: loss.detach()}
         if self.config.aux_weight:
             logits = self.aux(h).unflatten(-1, (K, -1)).float()               # (P, K, V)
@@ -575,6 +590,7 @@ class AR(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(init_weights)
+        nn.init.normal_(self.embed_tokens.weight, std=config.embed_std)
 
     def hidden(self, tokens, cache=None, position=None):
         """tokens (B, T) -> h (B, T, D)."""

@@ -5,6 +5,7 @@ BrierLM: how well does a model predict, judged from its samples alone (paper sec
     python eval_brier.py --model ar             # the token-by-token baseline at the same positions
     python eval_brier.py --num_samples 2 --json # the paper's two-sample estimate
     python eval_brier.py --frontier             # accuracy against collision rate, over temperatures
+    python eval_brier.py --plot curves.svg out/*   # BrierLM over training FLOPs, from the log of each run
 
 The Brier score of a forecast P for an outcome y is 2 P(y) - sum_x P(x)^2: highest in expectation when P is the truth,
 as the likelihood's, but it needs no probabilities: P(y) is how often a sample hits y, sum_x P(x)^2 how often two samples
@@ -14,6 +15,8 @@ import json
 import math
 import signal
 from functools import partial
+from html import escape
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -209,6 +212,52 @@ def frontier(model, args, measure):
                               "stderr": result["stderr"]}))
 
 
+# --- A figure: BrierLM over training FLOPs, from the log of each run ---------------------------------------------------
+
+def curves(folder):
+    """The evaluations in a run's log.jsonl -> {stage: [(training FLOPs, BrierLM), ...]}; CALM's FLOPs include its autoencoder's."""
+    path, found = Path(folder) / "log.jsonl", {}
+    try:
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        for entry in entries:
+            if "brierlm" in entry:
+                found.setdefault(entry["stage"], []).append((entry["flops"], entry["brierlm"]))
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{path} is not the log of a run ({type(error).__name__}: {error}): give folders that train.py wrote")
+    if not found:
+        fail(f"{path} has no evaluation with BrierLM yet: train longer, or with a smaller --eval_interval")
+    return found
+
+
+def plot(path, folders, width=720, height=420):
+    """Write the curves of some runs to an SVG: a line for each, with its name at its end."""
+    lines = {(Path(folder).name, stage): points for folder in folders for stage, points in curves(folder).items()}
+    top_x, top_y = (max(point[i] for points in lines.values() for point in points) for i in (0, 1))
+    unit = 10 ** math.floor(math.log10(top_x))
+    x = lambda flops: 50 + flops / top_x * (width - 170)
+    y = lambda score: height - 40 - score / max(top_y, 1) * (height - 60)
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+           f'<rect width="{width}" height="{height}" fill="white"/>']
+    for score in range(0, int(top_y) + 1, 5):
+        svg.append(f'<path d="M50 {y(score):.1f}H{x(top_x):.1f}" stroke="#ddd"/><text x="42" y="{y(score) + 4:.1f}" '
+                   f'text-anchor="end">{score}</text>')
+    for i in range(int(top_x / unit) + 1):
+        svg.append(f'<text x="{x(i * unit):.1f}" y="{height - 20}" text-anchor="middle">{i}</text>')
+    svg.append(f'<text x="50" y="14">BrierLM</text><text x="{x(top_x):.1f}" y="{height - 4}" text-anchor="end">'
+               f'training FLOPs, x {unit:.0e}</text>')
+    for i, ((run, stage), points) in enumerate(lines.items()):
+        color, dash = f"hsl({360 * i // len(lines)}, 70%, 40%)", ' stroke-dasharray="5 4"' if stage == "ar" else ""
+        corners = " ".join(f"{x(flops):.1f},{y(score):.1f}" for flops, score in points)
+        end_x, end_y = (float(number) for number in corners.split()[-1].split(","))
+        svg.append(f'<polyline points="{corners}" fill="none" stroke="{color}" stroke-width="2"{dash}/>'
+                   f'<text x="{end_x + 6}" y="{end_y + 4}" fill="{color}">{escape(run)}{" (AR)" if stage == "ar" else ""}</text>')
+    try:
+        Path(path).write_text("\n".join([*svg, "</svg>"]) + "\n")
+    except OSError as error:
+        fail(f"could not write {path} ({error.strerror}): name a file in a folder that exists")
+    print(f"{len(lines)} curves in {path}")
+
+
 def main():
     parser = Parser(description="BrierLM of a checkpoint, with a standard error.")
     parser.add_argument("--out_dir", default="out/stdlib", help="the run's folder")
@@ -225,11 +274,14 @@ def main():
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.65, 0.5, 0.4, 0.33], help="of --frontier")
     parser.add_argument("--candidates", type=within(1), nargs="+", default=[200], help="of --frontier: N of Algorithm 2")
     parser.add_argument("--noise_scales", type=within(0, 1, float), nargs="*", default=[0.8, 0.6, 0.4], help="of --frontier")
+    parser.add_argument("--plot", nargs="+", metavar=("SVG", "RUN"), help="evaluate nothing; draw the curves of runs' log.jsonl")
     parser.add_argument("--seed", type=within(0), default=0, help="of the samples")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on a line; with --frontier one a setting")
     args = parser.parse_args()
+    if args.plot:
+        return plot(args.plot[0], args.plot[1:] or [args.out_dir])
     args.windows = args.windows if args.windows is not None else 32 if args.frontier else 750
     if not all(0 < T <= 1 for T in args.temperatures):
         fail("--temperatures must be in (0, 1]")

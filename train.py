@@ -279,9 +279,9 @@ def write_log(path, mode, *entries):
 
 class Progress:
     """The bar on the screen and the lines of log.jsonl, one JSON object a logged step."""
-    def __init__(self, path, world, stage, begin, steps, tokens_per_step, cost):
+    def __init__(self, path, world, stage, begin, steps, tokens_per_step, cost, flops_before):
         self.path, self.world, self.stage, self.begin = path, world, stage, begin
-        self.tokens_per_step, self.cost = tokens_per_step, cost
+        self.tokens_per_step, self.cost, self.flops_before = tokens_per_step, cost, flops_before
         lines = path.read_text().splitlines() if path.exists() else []
         lines = [json.loads(line) for line in lines if line.endswith("}")]    # not the torn last line of a killed run
         lines = [line for line in lines if line["stage"] != stage or line["step"] <= begin]   # the others are written anew
@@ -297,7 +297,8 @@ class Progress:
         seconds = time.time() - self.began - self.paused
         speed = (step - self.begin) * self.tokens_per_step / seconds
         entry = {"stage": self.stage, "step": step, "loss": loss, "tokens": step * self.tokens_per_step,
-                 "seconds": round(self.earlier + seconds, 2), "lr": lr, **metrics}
+                 "seconds": round(self.earlier + seconds, 2), "lr": lr,
+                 "flops": self.flops_before + step * self.tokens_per_step * self.cost, **metrics}
         shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
         if self.peak:
             entry["mfu"] = speed * self.cost / (self.peak * self.world.size)
@@ -333,17 +334,19 @@ def train_step(compute, batches, count, optimizers, scaler, grad_clip, world):
 
 
 def train_stage(stage, model, args, data, world, cost, **extra):
-    """Train `model` from its checkpoint out_dir/<stage>.pt, if there is one, to its last step. A finished autoencoder stays
-    as it is, unless it is what was asked for. cost: training FLOPs a token; extra: what else belongs in the checkpoint."""
+    """Train `model` from its checkpoint out_dir/<stage>.pt, if there is one, to its last step -> training FLOPs so far. A
+    finished autoencoder stays as it is, unless it is what was asked for. cost: training FLOPs a token; extra: what else
+    belongs in the checkpoint."""
     checkpoint, config = open_stage(stage, model, args, data), config_of(TrainConfig, args, stage)
     if checkpoint and checkpoint["done"] and stage != args.model:
-        return
+        return checkpoint["flops"]
     steps, count = config.max_steps, math.ceil(config.grad_accum / world.size)   # micro-batches of each process
     inputs = args.block_size * args.chunk_size
     length = inputs + {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[stage]   # with the last target
     tokens_per_step = world.size * count * config.batch_size * inputs
     path = args.out_dir / f"{stage}.pt"
     data.check("train", length), data.check("val", length)
+    flops_before = extra.get("flops", 0.0)   # CALM's: what its autoencoder cost
 
     model.to(world.device).train()
     shard = args.shard_optimizer and world.size > 1
@@ -368,13 +371,12 @@ def train_stage(stage, model, args, data, world, cost, **extra):
                 "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
                 "random": {"seed": args.seed, "step": step},   # all of it: each micro-batch is seeded by these
                 "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-                "data": {**data.meta, "name": args.data}, **extra,
-                "flops": extra.get("flops", 0.0) + cost * tokens_per_step * step})
+                "data": {**data.meta, "name": args.data}, **extra, "flops": flops_before + cost * tokens_per_step * step})
 
     world.say(f"{stage}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, {steps:,} steps of "
               f"{tokens_per_step:,} tokens, {cost * tokens_per_step * steps:.2e} FLOPs, on {world.size} x {world.device.type} in "
               f"{str(world.dtype).removeprefix('torch.')}{', compiled' if world.compile else ''}")
-    progress = Progress(args.out_dir / "log.jsonl", world, stage, begin, steps, tokens_per_step, cost)
+    progress = Progress(args.out_dir / "log.jsonl", world, stage, begin, steps, tokens_per_step, cost, flops_before)
     world.listen()
     for step in range(begin + 1, steps + 1):
         factor = lr_factor(step, config)
@@ -408,6 +410,7 @@ def train_stage(stage, model, args, data, world, cost, **extra):
                       f"--model {args.model} --data {args.data} --out_dir {args.out_dir}")
             raise SystemExit(130)
     progress.bar.close()
+    return flops_before + cost * tokens_per_step * steps
 
 
 # --- The bench -------------------------------------------------------------------------------------------------------
@@ -490,13 +493,13 @@ def open_stage(stage, model, args, data):
     return checkpoint
 
 
-def finish(model, args, data, world):
+def finish(model, args, data, world, flops):
     """BrierLM, a held-out text continued, and what to run next."""
     result = eval_brier.evaluate(model, data, world.device, world.dtype, progress=world.main)
     if not world.main:
         return
     print("\n" + eval_brier.describe(result))
-    entry = {"stage": args.model, "step": args.max_steps, "seconds": 0.0, "final": True, **result}
+    entry = {"stage": args.model, "step": args.max_steps, "seconds": 0.0, "flops": flops, "final": True, **result}
     write_log(args.out_dir / "log.jsonl", "a", entry)
     middle = data.even_offsets("val", 2, args.block_size * args.chunk_size)[-1:]
     prompt = data.batch("val", middle, args.block_size * args.chunk_size // 4).to(world.device)
@@ -547,8 +550,8 @@ def main():
         micro_batches_a_step = world.size * math.ceil(args.grad_accum / world.size)
         args.max_steps = round(total / cost / (micro_batches_a_step * args.batch_size * model.config.block_size))
         world.say(f"{args.max_steps:,} steps match the {total:.2e} training FLOPs of {args.match_flops}, autoencoder included")
-    train_stage(args.model, model, args, data, world, cost, **extra)
-    finish(cast_matrices(model.eval(), world.dtype), args, data, world)   # the training is over
+    flops = train_stage(args.model, model, args, data, world, cost, **extra)
+    finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops)   # the training is over
 
 
 if __name__ == "__main__":

@@ -349,6 +349,43 @@ def test_every_input_mode_trains_and_generates(mode):
     assert generate(model, torch.randint(V, (2, 4)), 8).shape == (2, 12)
 
 
+# --- The small recipe's departures ------------------------------------------------------------------------------------
+
+def test_a_share_of_the_heads_gradient_reaches_h():
+    tokens, gradients, losses = torch.arange(32).view(2, 16) % V, {}, []
+    for share in (1.0, 0.25, 0.0):
+        model = tiny_calm(head_grad=share)
+        torch.manual_seed(1)
+        loss, _ = model.loss(tokens)
+        loss.backward()
+        losses.append(loss.item())
+        for part, weight in (("h", model.transformer.norm.weight), ("head", model.head.hidden_embd.weight)):
+            gradients[part, share] = torch.zeros(()) if weight.grad is None else weight.grad
+    assert losses[0] == losses[1] == losses[2] and gradients["h", 1.0].norm() > 0
+    torch.testing.assert_close(gradients["h", 0.25], gradients["h", 1.0] / 4)
+    assert gradients["h", 0.0].count_nonzero() == 0
+    torch.testing.assert_close(gradients["head", 0.0], gradients["head", 1.0])
+
+
+def test_normalised_queries_and_keys_forget_their_length():
+    tokens = torch.arange(48).view(2, 24) % V
+    for scale, same in ((1.2, True), (0.0, False)):
+        model = tiny_calm(qk_norm=scale)
+        with torch.no_grad():
+            before = model.hidden(tokens)
+            model.transformer.layers[0].self_attn.q_proj.weight.mul_(9)
+            model.transformer.layers[1].self_attn.k_proj.weight.mul_(9)
+            assert torch.allclose(model.hidden(tokens), before, atol=1e-4) == same
+
+
+@pytest.mark.parametrize("std", [0.02, 1.0])
+def test_the_first_embeddings_have_the_spread_asked_for(std):
+    autoencoder = Autoencoder(AutoencoderConfig(257, 4, latent_dim=6, n_embd=16, n_ff=24))
+    sizes = dict(n_embd=64, n_ff=48, n_layer=1, n_head=4, block_size=12, embed_std=std)
+    for model in (CALM(CALMConfig(257, 4, 6, n_head_layer=1, **sizes), autoencoder), AR(ARConfig(257, **sizes))):
+        assert model.embed_tokens.weight.std().item() == pytest.approx(std, rel=0.03)
+
+
 # --- Transformer ------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,26 @@ def test_chunks_of_other_sizes_train_and_evaluate(K, foxes, tmp_path, run):
     assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--chunk_size", K).code == 0
     result = run(eval_brier, "--out_dir", out, "--json", "--windows", 4, "--device", "cpu")
     assert result.code == 0 and len(json.loads(result.out.splitlines()[-1])["brier"]) == 4
+
+
+def test_a_figure_of_the_learning_curves_is_made_from_the_logs(foxes, tmp_path, run):
+    """--plot: one line a model, whose last point is the final BrierLM at the FLOPs in the checkpoint."""
+    out = tmp_path / "a&b"
+    for model in ("calm", "ar"):
+        assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", model).code == 0
+    found = eval_brier.curves(out)
+    assert set(found) == {"calm", "ar"}
+    for stage, points in found.items():
+        assert len(points) == 2 and points[0][0] < points[1][0] == load_checkpoint(out / f"{stage}.pt")["flops"]
+    result = run(eval_brier, "--plot", tmp_path / "curves.svg", out)
+    assert result.code == 0 and "2 curves" in result.out
+    svg = xml.etree.ElementTree.parse(tmp_path / "curves.svg").getroot()
+    lines = svg.findall("{http://www.w3.org/2000/svg}polyline")
+    labels = [text.text for text in svg.findall("{http://www.w3.org/2000/svg}text")]
+    assert len(lines) == 2 and {"a&b", "a&b (AR)"} <= set(labels)
+    for line in lines:   # both points lie on the sheet, time runs to the right
+        (x0, y0), (x1, y1) = (map(float, corner.split(",")) for corner in line.get("points").split())
+        assert 50 < x0 < x1 <= 600 and 0 <= min(y0, y1) <= max(y0, y1) <= 380
 
 
 def test_muon_auxiliary_loss_accumulation_and_bfloat16_train(foxes, tmp_path, run):
@@ -498,6 +519,10 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "autoencoder of no width": (train, ["--ae_n_embd", "0"], "new", "--ae_n_embd must be at least 1"),
     "a rate that is no number": (train, ["--ae_muon_lr", "nan"], "new", "--ae_muon_lr must be a number from 0 on"),
     "negative auxiliary weight": (train, ["--aux_weight", "-1"], "new", "--aux_weight must be a number from 0 on"),
+    "more than the whole gradient": (train, ["--head_grad", "2"], "new", "--head_grad must be in [0, 1]"),
+    "negative scale of queries": (train, ["--qk_norm", "-1"], "new", "--qk_norm must be a number from 0 on"),
+    "a figure of nothing": (eval_brier, ["--plot", "curves.svg", "nowhere"], "out", "nowhere/log.jsonl is not the log of a run"),
+    "a figure nowhere": (eval_brier, ["--plot", "nowhere/curves.svg", "out"], "out", "could not write nowhere/curves.svg"),
     "no steps": (train, ["--max_steps", "0"], "new", "--max_steps must be at least 1"),
     "no interval": (train, ["--eval_interval", "0"], "new", "argument --eval_interval: 0 is not in [1, inf]"),
     "unknown flag": (train, ["--learning_rate", "1"], "new", "--learning_rate"),
