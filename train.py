@@ -63,12 +63,12 @@ class TrainConfig:
 # The paper's sizes and training, and two small recipes found by measurement. Any flag given wins.
 PAPER = dict(chunk_size=4, latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
              ae_batch_size=2)
-SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, aux_weight=0.5, optimizer="muon", lr=3e-3, warmup_steps=50,
-             decay_frac=0.4, grad_accum=1, ae_n_embd=256, ae_n_ff=640, ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.4,
-             ae_grad_accum=1)
+SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, num_samples=4, aux_weight=0.5, embed_std=1.0, qk_norm=1.2, optimizer="muon",
+             lr=3e-3, warmup_steps=50, decay_frac=0.8, grad_accum=1, ae_n_embd=256, ae_n_ff=128, ae_lr=3e-3, ae_warmup_steps=50,
+             ae_decay_frac=0.8, ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=1200,
-                 ae_max_steps=300),
+    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=2000,
+                 batch_size=4, ae_max_steps=350),
     "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=6000,
                  batch_size=32, ae_max_steps=2000, ae_batch_size=16),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
@@ -111,7 +111,7 @@ def parse_args(argv):
     run.add_argument("--data", default="stdlib", help="a data set under data/; stdlib and downloads are prepared if missing")
     run.add_argument("--out_dir", help="the run's folder; None: out/<data name>")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in out_dir, with its settings")
-    run.add_argument("--match_flops", metavar="RUN", help="with --model ar: train for the FLOPs that RUN's calm.pt cost")
+    run.add_argument("--match_flops", metavar="RUN", help="as many steps as cost the FLOPs of RUN's calm.pt (autoencoders included)")
     run.add_argument("--seed", type=within(0, (1 << 20) - 1), default=0, help="of weights, batches and noise")
     run.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of matrix products")
@@ -139,8 +139,8 @@ def parse_args(argv):
         parser.set_defaults(**resumed_settings(early))
     args = parser.parse_args(argv)
     args.out_dir = Path(args.out_dir or Path("out") / Path(args.data).name)
-    if args.match_flops and args.model != "ar":
-        fail("--match_flops sets the length of an AR run: add --model ar")
+    if args.match_flops and args.model == "autoencoder":
+        fail("--match_flops sets the length of a CALM or an AR run: drop it, or --model autoencoder")
     for config, stage in ((TrainConfig, "autoencoder"), (TrainConfig, "calm"), (AutoencoderConfig, "autoencoder"),
                           (CALMConfig, "calm"), (ARConfig, "ar")):
         try:
@@ -546,9 +546,12 @@ def main():
         model = AR(config_of(ARConfig, args, "ar", vocab_size=vocab_size, block_size=args.block_size * args.chunk_size))
         cost = flops_per_token(model.config)["train"]
     if args.match_flops:
-        total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
+        total, before = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"], extra.get("flops", 0.0)
+        if before >= total:
+            fail(f"the autoencoder alone cost {before:.2e} FLOPs, {args.match_flops} in all {total:.2e}: lower --ae_max_steps")
         micro_batches_a_step = world.size * math.ceil(args.grad_accum / world.size)
-        args.max_steps = round(total / cost / (micro_batches_a_step * args.batch_size * model.config.block_size))
+        tokens_per_step = micro_batches_a_step * args.batch_size * args.block_size * args.chunk_size
+        args.max_steps = max(1, round((total - before) / cost / tokens_per_step))
         world.say(f"{args.max_steps:,} steps match the {total:.2e} training FLOPs of {args.match_flops}, autoencoder included")
     flops = train_stage(args.model, model, args, data, world, cost, **extra)
     finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops)   # the training is over

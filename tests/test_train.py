@@ -126,13 +126,15 @@ def test_every_precision_trains_to_the_same_loss(foxes, tmp_path, run):
     assert losses(tmp_path / "float16", "autoencoder")[1] > 2 * last["float16"][0]
 
 
-def test_the_baseline_gets_the_training_flops_of_the_run_it_is_matched_to(foxes, tmp_path, run):
-    out = tmp_path / "out"
-    assert run(train, "--data", foxes, "--out_dir", out, *SHORT).code == 0
+def test_runs_get_the_training_flops_of_the_run_they_are_matched_to(foxes, tmp_path, run):
+    """The baseline, and CALM with another K, whose own autoencoder counts."""
+    out, other = tmp_path / "out", tmp_path / "k2"
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--max_steps", 40).code == 0
     assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "ar", "--match_flops", out).code == 0
-    calm, ar = load_checkpoint(out / "calm.pt"), load_checkpoint(out / "ar.pt")
-    assert load_checkpoint(out / "autoencoder.pt")["flops"] > 0
-    assert ar["flops"] == pytest.approx(calm["flops"], rel=0.05)
+    assert run(train, "--data", foxes, "--out_dir", other, *SHORT, "--chunk_size", 2, "--match_flops", out).code == 0
+    calm, ar, k2 = (load_checkpoint(path) for path in (out / "calm.pt", out / "ar.pt", other / "calm.pt"))
+    assert load_checkpoint(other / "autoencoder.pt")["flops"] > 0 and k2["step"] > 15
+    assert ar["flops"] == pytest.approx(calm["flops"], rel=0.05) and k2["flops"] == pytest.approx(calm["flops"], rel=0.05)
 
 
 @pytest.mark.parametrize("head", ["flow", "diffusion"])
@@ -501,6 +503,9 @@ def trained(tmp_path_factory):
     unfinished = load_checkpoint(folder / "out" / "autoencoder.pt")
     (folder / "unfinished").mkdir()
     torch.save({**unfinished, "done": False, "step": 5}, folder / "unfinished" / "autoencoder.pt")
+    (folder / "dear").mkdir()
+    finished = load_checkpoint(folder / "out" / "autoencoder.pt")
+    torch.save({**finished, "flops": 1e30}, folder / "dear" / "autoencoder.pt")
     (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     return folder
 
@@ -536,7 +541,8 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "other vocabulary": (train, ["--data", "other", *SHORT], "only_ae", "trained on other data"),
     "already trained": (train, ["--data", "foxes4", *SHORT], "out", "already trained"),
     "unfinished": (train, ["--data", "foxes4", *SHORT], "unfinished", "unfinished (step 5)"),
-    "match_flops of calm": (train, ["--match_flops", "out"], "new", "add --model ar"),
+    "match_flops of an autoencoder": (train, ["--model", "autoencoder", "--match_flops", "out"], "new", "drop it, or --model"),
+    "no FLOPs left": (train, ["--data", "foxes4", *SHORT, "--match_flops", "out", "--max_steps", "20"], "dear", "autoencoder alone"),
     "match_flops of nothing": (train, ["--model", "ar", "--data", "foxes4", "--match_flops", "nowhere"], "new", "no checkpoint at"),
     "no checkpoint": (sample, [], "new", "no checkpoint at"),
     "truncated checkpoint": (sample, [], "cut", "not a whole checkpoint"),
