@@ -108,7 +108,7 @@ def parse_args(argv):
     run = parser.add_argument_group("run")
     run.add_argument("--model", default="calm", choices=STAGES, help="what to train; calm trains its autoencoder first")
     run.add_argument("--preset", default="auto", choices=["auto", *PRESETS], help="auto: mini on CUDA, else nano")
-    run.add_argument("--data", default="stdlib", help="a data set under data/; stdlib and downloads are prepared if missing")
+    run.add_argument("--data", default="stdlib", help="a data set under data/; known ones (data/prepare.py --help) are prepared if missing")
     run.add_argument("--out_dir", help="the run's folder; None: out/<data name>")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in out_dir, with its settings")
     run.add_argument("--match_flops", metavar="RUN", help="as many steps as cost the FLOPs of RUN's calm.pt (autoencoders included)")

@@ -2,6 +2,7 @@
 Text to tokens on disk: data/<name>/{train.bin, val.bin, meta.json}.
 
     python data/prepare.py                        # the standard library of this Python, as bytes: no network
+    python data/prepare.py site-packages          # and of everything installed for it
     python data/prepare.py shakespeare            # or tinystories, enwik8, wikitext103-test: downloaded
     python data/prepare.py notes/ book.txt.gz --name mine --tokenizer gpt2
     cat book.txt | python data/prepare.py - --name book
@@ -45,6 +46,9 @@ DOWNLOADS = {
     "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", "enwik8", 0.1),
     "wikitext103-test": ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip", "wikitext-103-raw/wiki.test.raw", 1.0),
 }
+
+MADE_HERE = ("stdlib", "site-packages")   # of the Python that runs this: its own source; with that of installed packages
+KNOWN = (*MADE_HERE, *DOWNLOADS)
 
 
 def fail(message):
@@ -184,12 +188,14 @@ def documents(path, known):
             yield from pieces(stream, LONGEST if kind in (".md", ".py") else SECTION)
 
 
-def standard_library():
-    """The .py files of the running interpreter's standard library, without tests, IDLE, installed packages, and the
-    `encodings`: 122 generated tables of code points, so predictable that they would be a fifth of the BrierLM."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+def python_source(known):
+    """The .py files of the running interpreter's standard library; for "site-packages" also of all installed packages.
+
+    Without tests, IDLE, and the `encodings`: 122 generated tables of code points, so predictable that they would be a
+    fifth of the BrierLM."""
+    roots = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")[:1 + (known == "site-packages")]]
     skip = {"test", "tests", "idlelib", "encodings", "site-packages", "dist-packages", "__pycache__"}
-    return sorted(p for p in root.rglob("*.py") if not skip.intersection(p.relative_to(root).parts))
+    return [p for root in roots for p in sorted(root.rglob("*.py")) if not skip.intersection(p.relative_to(root).parts)]
 
 
 def local_files(sources):
@@ -198,7 +204,7 @@ def local_files(sources):
     for source in map(Path, sources):
         found = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
         if not source.is_dir() and str(source) != "-" and not source.is_file():
-            fail(f"no data at {source}: give files, folders, - for stdin, or one of stdlib, {', '.join(DOWNLOADS)}")
+            fail(f"no data at {source}: give files, folders, - for stdin, or one of {', '.join(KNOWN)}")
         text = [p for p in found if str(p) == "-" or p.name.removesuffix(".gz").endswith(SUFFIXES)]
         if not text:
             fail(f"{source} holds no text: expected {', '.join(SUFFIXES)} files (or .gz of these)")
@@ -234,11 +240,11 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     """Tokenize `sources` into out_root/<name> (default: data/<name>) and return that folder. Same input, same bytes out.
 
     It is made under another name and renamed when whole: until then an earlier data set of that name stays."""
-    known = sources[0] if len(sources) == 1 and sources[0] in ("stdlib", *DOWNLOADS) else None
+    known = sources[0] if len(sources) == 1 and sources[0] in KNOWN else None
     if val_fraction is None:
         val_fraction = DOWNLOADS[known][2] if known in DOWNLOADS else 0.1
     enc = get_tokenizer(tokenizer)
-    paths = standard_library() if known == "stdlib" else [downloaded(known)] if known else local_files(sources)
+    paths = python_source(known) if known in MADE_HERE else [downloaded(known)] if known else local_files(sources)
     folder = Path(out_root or DATA_DIR) / (name or default_name(sources[0], tokenizer))
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)   # of an earlier run that was killed
@@ -268,7 +274,7 @@ def read_all(paths, known):
         for path in paths:
             for text in documents(path, known):
                 bar.update(len(text))
-                if known == "stdlib":
+                if known in MADE_HERE:
                     # Four blanks -> one tab. Else the chunk of four blanks is by far the commonest: it flatters BrierLM,
                     # and a text drawn at a low temperature that falls into blanks never comes out.
                     text = text.replace(b"    ", b"\t")
@@ -357,8 +363,8 @@ class TokenData:
 
 
 def load_data(name):
-    """Open data/<name> (or a folder given by its path) -> TokenData. stdlib and the downloads are prepared if missing."""
-    if name in ("stdlib", *DOWNLOADS) and not (DATA_DIR / name / "meta.json").is_file():
+    """Open data/<name> (or a folder given by its path) -> TokenData. A known one is prepared if missing."""
+    if name in KNOWN and not (DATA_DIR / name / "meta.json").is_file():
         prepare([name])
     folder = next((f for f in (DATA_DIR / name, Path(name)) if (f / "meta.json").is_file()), None)
     if folder is None:
@@ -379,7 +385,7 @@ def load_data(name):
 def main():
     parser = Parser(description="Tokenize text into data/<name>/.")
     parser.add_argument("source", nargs="*", default=["stdlib"],
-                        help=f"stdlib, {', '.join(DOWNLOADS)}, files or folders ({' '.join(SUFFIXES)}, .gz of these), or -")
+                        help=f"{', '.join(KNOWN)}, files or folders ({' '.join(SUFFIXES)}, .gz of these), or -")
     parser.add_argument("--name", help="name of the data set; None: from the source and the tokenizer")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, a tiktoken name, or a tiktoken-format file")
     parser.add_argument("--val_fraction", type=within(0, 1, float), help="share of documents held out; None: the source's, or 0.1")

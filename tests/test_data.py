@@ -7,6 +7,7 @@ import random
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +53,19 @@ def test_the_standard_library_is_the_default_with_tabs_for_blanks(data_dir):
     text = data.tokenizer.decode_bytes(data.train[:200_000].tolist()).decode()
     assert "\n\tdef " in text or "\n\treturn" in text
     assert "    " not in text
+
+
+def test_site_packages_adds_the_source_of_installed_packages(data_dir, tmp_path, monkeypatch):
+    for path in ("lib/json.py", "lib/test/test_json.py", "lib/site-packages/torch.py", "lib/site-packages/torch/tests/big.py",
+                 "lib/site-packages/torch/data.bin"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"def {Path(path).stem}():\n    return 1\n")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": tmp_path / "lib", "purelib": tmp_path / "lib" / "site-packages"})
+    for name, expected in (("stdlib", ["json"]), ("site-packages", ["json", "torch"])):
+        folder = prepare([name], val_fraction=0.0, out_root=data_dir)
+        assert folder.name == name
+        text = load_data(name).tokenizer.decode_bytes([t for t in load_data(name).train.tolist() if t < 256]).decode()
+        assert text == "".join(f"def {stem}():\n\treturn 1\n" for stem in expected)
 
 
 def test_same_input_same_bytes_out(data_dir, tmp_path):
