@@ -245,12 +245,13 @@ def plot(path, folders, width=720, height=420):
         svg.append(f'<text x="{x(i * unit):.1f}" y="{height - 20}" text-anchor="middle">{i}</text>')
     svg.append(f'<text x="50" y="14">BrierLM</text><text x="{x(top_x):.1f}" y="{height - 4}" text-anchor="end">'
                f'training FLOPs, x {unit:.0e}</text>')
-    for i, ((run, stage), points) in enumerate(lines.items()):
+    lowest = height   # labels from the lowest curve's end to the highest, 15 units apart where the ends are closer
+    for i, ((run, stage), points) in enumerate(sorted(lines.items(), key=lambda line: line[1][-1][1])):
         color, dash = f"hsl({360 * i // len(lines)}, 70%, 40%)", ' stroke-dasharray="5 4"' if stage == "ar" else ""
-        corners = " ".join(f"{x(flops):.1f},{y(score):.1f}" for flops, score in points)
-        end_x, end_y = (float(number) for number in corners.split()[-1].split(","))
-        svg.append(f'<polyline points="{corners}" fill="none" stroke="{color}" stroke-width="2"{dash}/>'
-                   f'<text x="{end_x + 6}" y="{end_y + 4}" fill="{color}">{escape(run)}{" (AR)" if stage == "ar" else ""}</text>')
+        lowest = min(lowest - 15, y(points[-1][1]) + 4)
+        svg.append(f'<polyline points="{" ".join(f"{x(flops):.1f},{y(score):.1f}" for flops, score in points)}" fill="none" '
+                   f'stroke="{color}" stroke-width="2"{dash}/><text x="{x(points[-1][0]) + 6:.1f}" y="{lowest:.1f}" '
+                   f'fill="{color}">{escape(run)}{" (AR)" if stage == "ar" else ""}</text>')
     try:
         Path(path).write_text("\n".join([*svg, "</svg>"]) + "\n")
     except OSError as error:

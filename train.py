@@ -135,6 +135,8 @@ def parse_args(argv):
     early = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
     preset = ("mini" if select_device(early.device).type == "cuda" else "nano") if early.preset == "auto" else early.preset
     parser.set_defaults(**PRESETS[preset])
+    if early.model == "ar":
+        parser.set_defaults(muon_lr=0.02)   # what suits the baseline best (README)
     if early.resume:
         parser.set_defaults(**resumed_settings(early))
     args = parser.parse_args(argv)
