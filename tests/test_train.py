@@ -85,6 +85,11 @@ def test_chunks_of_other_sizes_train_and_evaluate(K, foxes, tmp_path, run):
     assert result.code == 0 and len(json.loads(result.out.splitlines()[-1])["brier"]) == 4
 
 
+def test_each_model_has_its_own_rate_unless_one_is_given():
+    rate = lambda *flags: train.parse_args(["--preset", "nano", *flags]).muon_lr
+    assert (rate(), rate("--model", "ar"), rate("--model", "ar", "--muon_lr", "0.5")) == (0.01, 0.02, 0.5)
+
+
 def test_a_figure_of_the_learning_curves_is_made_from_the_logs(foxes, tmp_path, run):
     """--plot: one line a model, whose last point is the final BrierLM at the FLOPs in the checkpoint."""
     out = tmp_path / "a&b"
