@@ -218,7 +218,7 @@ def curves(folder):
     """The evaluations in a run's log.jsonl -> {stage: [(training FLOPs, BrierLM), ...]}; CALM's FLOPs include its autoencoder's."""
     path, found = Path(folder) / "log.jsonl", {}
     try:
-        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        entries = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]   # not a torn last line
         for entry in entries:
             if "brierlm" in entry:
                 found.setdefault(entry["stage"], []).append((entry["flops"], entry["brierlm"]))
@@ -231,9 +231,10 @@ def curves(folder):
 
 def plot(path, folders, width=720, height=420):
     """Write the curves of some runs to an SVG: a line for each, with its name at its end."""
-    lines = {(Path(folder).name, stage): points for folder in folders for stage, points in curves(folder).items()}
-    top_x, top_y = (max(point[i] for points in lines.values() for point in points) for i in (0, 1))
+    lines = [(Path(folder).name, stage, points) for folder in folders for stage, points in curves(folder).items()]
+    top_x, top_y = (max(point[i] for *_, points in lines for point in points) for i in (0, 1))
     unit = 10 ** math.floor(math.log10(top_x))
+    # Around the curves: 50 units on the left for the scores, 120 on the right for the names, 20 above, 40 below for the FLOPs.
     x = lambda flops: 50 + flops / top_x * (width - 170)
     y = lambda score: height - 40 - score / max(top_y, 1) * (height - 60)
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
@@ -246,7 +247,7 @@ def plot(path, folders, width=720, height=420):
     svg.append(f'<text x="50" y="14">BrierLM</text><text x="{x(top_x):.1f}" y="{height - 4}" text-anchor="end">'
                f'training FLOPs, x {unit:.0e}</text>')
     lowest = height   # labels from the lowest curve's end to the highest, 15 units apart where the ends are closer
-    for i, ((run, stage), points) in enumerate(sorted(lines.items(), key=lambda line: line[1][-1][1])):
+    for i, (run, stage, points) in enumerate(sorted(lines, key=lambda line: line[2][-1][1])):
         color, dash = f"hsl({360 * i // len(lines)}, 70%, 40%)", ' stroke-dasharray="5 4"' if stage == "ar" else ""
         lowest = min(lowest - 15, y(points[-1][1]) + 4)
         svg.append(f'<polyline points="{" ".join(f"{x(flops):.1f},{y(score):.1f}" for flops, score in points)}" fill="none" '

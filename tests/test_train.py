@@ -99,6 +99,10 @@ def test_a_figure_of_the_learning_curves_is_made_from_the_logs(foxes, tmp_path, 
     assert set(found) == {"calm", "ar"}
     for stage, points in found.items():
         assert len(points) == 2 and points[0][0] < points[1][0] == load_checkpoint(out / f"{stage}.pt")["flops"]
+    namesake = tmp_path / "elsewhere" / "a&b"   # another run of that name; killed while it wrote its log
+    namesake.mkdir(parents=True)
+    (namesake / "log.jsonl").write_text((out / "log.jsonl").read_text() + '{"stage": "calm", "st')
+    assert "4 curves" in run(eval_brier, "--plot", tmp_path / "both.svg", out, namesake).out
     result = run(eval_brier, "--plot", tmp_path / "curves.svg", out)
     assert result.code == 0 and "2 curves" in result.out
     svg = xml.etree.ElementTree.parse(tmp_path / "curves.svg").getroot()
