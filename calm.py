@@ -136,7 +136,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)   # (B, nh, T, hs)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:   # no score above qk_norm^2 sqrt(hs): attention cannot harden too early
-            q, k = (self.qk_norm * F.rms_norm(x.float(), x.shape[-1:]) for x in (q, k))
+            q, k = (self.qk_norm * F.rms_norm(heads.float(), heads.shape[-1:]) for heads in (q, k))
         if x.device.type == "cpu":
             v = v.float()   # a CPU's attention is no slower in float32 than in bfloat16, for a single query much faster
         q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)

@@ -193,7 +193,8 @@ def python_source(known):
 
     Without tests, IDLE, and the `encodings`: 122 generated tables of code points, so predictable that they would be a
     fifth of the BrierLM."""
-    roots = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")[:1 + (known == "site-packages")]]
+    names = ("stdlib", "purelib") if known == "site-packages" else ("stdlib",)
+    roots = [Path(sysconfig.get_paths()[name]) for name in names]
     skip = {"test", "tests", "idlelib", "encodings", "site-packages", "dist-packages", "__pycache__"}
     return [p for root in roots for p in sorted(root.rglob("*.py")) if not skip.intersection(p.relative_to(root).parts)]
 
