@@ -51,7 +51,9 @@ class CALMConfig:
     head: Literal["energy", "flow", "diffusion"] = "energy"   # generative head
     num_evals: int = 0             # network evaluations a sample; 0: the paper's, 1 (energy), 20 (flow) or 100 (diffusion)
     aux_weight: float = 0.0        # departure: weight of a next-chunk cross-entropy read from h; unused at inference
-    head_grad: float = 1.0         # departure: share of the head's gradient that reaches h
+    kernel_weight: float = 0.0     # departure: weight of a Gaussian kernel beside the distance in the energy score
+    kernel_width: float = 5.0      # its standard deviation
+    head_init: float = 0.0         # departure: first standard deviation of the head's matrices, times sqrt(inputs); 0: 0.02
     embed_std: float = 0.02        # departure where not 0.02: standard deviation of the first embeddings
     qk_norm: float = 0.0           # departure: root mean square that queries and keys are scaled to; 0: left as they are
 
@@ -64,10 +66,11 @@ class CALMConfig:
             raise ValueError(f"num_samples must be at least 2 (the energy score compares samples), not {self.num_samples}")
         if not 0 < self.alpha < 2:
             raise ValueError(f"alpha must be in (0, 2), where the energy score is strictly proper, not {self.alpha}")
-        if not 0 <= self.aux_weight < math.inf:
-            raise ValueError(f"aux_weight must be a number from 0 on, not {self.aux_weight}")
-        if not 0 <= self.head_grad <= 1:
-            raise ValueError(f"head_grad must be in [0, 1], not {self.head_grad}")
+        for name in ("aux_weight", "kernel_weight", "head_init"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
+        if not 0 < self.kernel_width < math.inf:
+            raise ValueError(f"kernel_width must be a number above 0, not {self.kernel_width}")
 
 
 @dataclass
@@ -245,7 +248,8 @@ class EnergyHead(nn.Module):
         x = self.sample(h, self.config.num_samples).float() - mean            # (N, P, L)
         y = half_of_targets(log_std, self.config.num_targets)                 # (M/2, P, L)
         # Both minus the mean: distances stay, and float32 keeps more digits.
-        return energy_score(x, y, self.config.alpha, mirrored=True)
+        c = self.config
+        return energy_score(x, y, c.alpha, mirrored=True, kernel_weight=c.kernel_weight, kernel_width=c.kernel_width)
 
 
 def half_of_targets(log_std, M):
@@ -255,31 +259,34 @@ def half_of_targets(log_std, M):
     return (torch.randn(P, (M + 1) // 2, L, device=log_std.device) * log_std.exp()[:, None]).transpose(0, 1)
 
 
-def distances(x, y, alpha):
+def distances(x, y, alpha, kernel_weight=0.0, kernel_width=5.0):
     """|x_n - y_m|^alpha for x (P, N, L), y (P, M, L) -> (P, N, M), by matrix products: |x|^2 + |y|^2 - 2 x.y.
 
     Never a tensor (P, N, M, L). The floor under the square keeps the gradient finite (zero) where two points meet.
+    A departure adds kernel_weight (1 - exp(-|x_n - y_m|^2 / (2 kernel_width^2))), which hardly changes between points that
+    are far apart: a sample then hears most of the targets near it.
     """
     x2, y2 = (torch.linalg.vector_norm(v, dim=-1) ** 2 for v in (x, y))       # (P, N), (P, M)
     squares = torch.baddbmm(x2[:, :, None] + y2[:, None, :], x, y.transpose(1, 2), alpha=-2)
-    return squares.clamp_min(1e-10) ** (alpha / 2)
+    powers = squares.clamp_min(1e-10) ** (alpha / 2)
+    return powers - kernel_weight * torch.expm1(-squares / (2 * kernel_width ** 2)) if kernel_weight else powers
 
 
-def energy_score(x, y, alpha=1.0, mirrored=False):
+def energy_score(x, y, alpha=1.0, mirrored=False, **kernel):
     """The energy loss (equation 12) of samples x (N, P, L) for targets y (M, P, L), or y and -y -> (P,). In float32.
 
     2 E|x - y|^alpha - E|x - x'|^alpha, estimated without bias. For 0 < alpha < 2 its expectation is smallest exactly
     where x and y have the same distribution (a strictly proper score): the first term pulls samples to the target, the
-    second keeps them apart.
+    second keeps them apart. kernel: of `distances`; the sum of two strictly proper scores is one.
     """
     N, M = len(x), len(y)
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.float().transpose(0, 1), y.float().transpose(0, 1)           # (P, N, L), (P, M, L)
-        to_targets = distances(x, y, alpha).sum((1, 2)) / (N * M)
+        to_targets = distances(x, y, alpha, **kernel).sum((1, 2)) / (N * M)
         if mirrored:   # |x - (-y)| = |-x - y|
-            to_targets = (to_targets + distances(-x, y, alpha).sum((1, 2)) / (N * M)) / 2
+            to_targets = (to_targets + distances(-x, y, alpha, **kernel).sum((1, 2)) / (N * M)) / 2
         others = 1 - torch.eye(N, device=x.device)                            # n != k
-        to_each_other = (distances(x, x, alpha) * others).sum((1, 2)) / (N * (N - 1))
+        to_each_other = (distances(x, x, alpha, **kernel) * others).sum((1, 2)) / (N * (N - 1))
         return 2 * to_targets - to_each_other
 
 
@@ -516,8 +523,19 @@ class CALM(nn.Module):
         self.apply(init_weights)
         if c.input_mode != "continuous":
             nn.init.normal_(self.embed_tokens.weight, std=c.embed_std)
+        for module in self.head.modules():
+            if isinstance(module, nn.Linear) and c.head_init:
+                nn.init.normal_(module.weight, std=c.head_init * module.in_features ** -0.5)
         self.head.start_at_zero()
         self.autoencoder = autoencoder.requires_grad_(False)
+        self.part = "all"
+
+    def learn_only(self, part):
+        """A departure: one part after the other, "transformer" from the auxiliary loss, then "head" on a Transformer that
+        stands still. The paper trains "all" of it at once."""
+        self.part = part
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith("head.") == (part == "head") and not name.startswith("autoencoder."))
 
     def train(self, mode=True):
         super().train(mode)
@@ -543,12 +561,13 @@ class CALM(nn.Module):
         K = self.chunk_size
         h = self.hidden(tokens[:, :-K]).flatten(0, 1)                         # (P, D), P = B*T
         targets = tokens[:, K:].reshape(-1, K)                                # (P, K)
-        with torch.no_grad():
-            mean, log_std = (v.float() for v in self.autoencoder.encode(targets))
-        h_head = h.detach().lerp(h, self.config.head_grad)                    # h; its gradient is scaled
-        loss = self.head.loss(h_head, mean, log_std).mean()
-        metrics = {self.config.head: loss.detach()}
-        if self.config.aux_weight:
+        loss, metrics = 0.0, {}
+        if self.part != "transformer":
+            with torch.no_grad():
+                mean, log_std = (v.float() for v in self.autoencoder.encode(targets))
+            loss = self.head.loss(h, mean, log_std).mean()
+            metrics[self.config.head] = loss.detach()
+        if self.part != "head" and self.config.aux_weight:
             logits = self.aux(h).unflatten(-1, (K, -1)).float()               # (P, K, V)
             aux = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             loss, metrics["aux"] = loss + self.config.aux_weight * aux, aux.detach()
@@ -682,7 +701,8 @@ CALM.generate = AR.generate = generate   # one loop, as a method of both
 # --- Cost -------------------------------------------------------------------------------------------------------------
 
 def flops_per_token(config, autoencoder=None):
-    """{"train": x, "inference": x}: FLOPs a token with the paper's accounting (table 1), for any of the three configs.
+    """{"train": x, "inference": x}: FLOPs a token with the paper's accounting (table 1), for any of the three configs; of
+    CALM also what it costs to train a part of it, "transformer" or "head".
 
     PyTorch's counter watches one pass over tensors without memory: a multiplication and an addition are two, attention
     counts in full, 4*T*D a layer. Training is three forward passes; CALM's head then draws N samples, and its frozen
@@ -707,7 +727,8 @@ def flops_per_token(config, autoencoder=None):
         return {"train": 3 * forward, "inference": forward}
     ae, aux = flops_per_token(autoencoder), cost(model.aux, 1, c.n_embd) if c.aux_weight else 0
     one, several = (cost(model.head.sample, 1, c.n_embd, n=n) / evals for n in (1, c.num_samples))   # of one evaluation
-    return {"train": 3 * (backbone + several + aux) + ae["encode"], "inference": backbone + c.num_evals * one + ae["decode"]}
+    return {"train": 3 * (backbone + several + aux) + ae["encode"], "inference": backbone + c.num_evals * one + ae["decode"],
+            "transformer": 3 * (backbone + aux), "head": backbone + 3 * several + ae["encode"]}
 
 
 # --- Loading a run's checkpoint, or the authors' weights ---------------------------------------------------------------
@@ -724,7 +745,7 @@ def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
         else:
             autoencoder = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
             model = CALM(CALMConfig(**{**checkpoint["config"], **changes}), autoencoder)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:   # TypeError: a field that this version does not have
         fail(f"{path}: {error}")
     model.load_state_dict(checkpoint["model"])
     return cast_matrices(model.to(device).eval(), dtype), checkpoint

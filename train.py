@@ -1,5 +1,6 @@
 """
-The one training loop: stage 1 the autoencoder, stage 2 CALM, or the token-by-token baseline.
+The one training loop: stage 1 the autoencoder, stage 2 CALM (in small presets its Transformer first, then its head), or
+the token-by-token baseline.
 
     python train.py                                    # data, autoencoder, CALM, BrierLM, samples: all of it
     python train.py --model ar --match_flops out/stdlib   # the baseline at the same training FLOPs
@@ -7,8 +8,8 @@ The one training loop: stage 1 the autoencoder, stage 2 CALM, or the token-by-to
     python train.py --data shakespeare --preset mini
     torchrun --nproc_per_node 8 train.py --preset M    # several GPUs, one process each
 
-A run lives in --out_dir: autoencoder.pt, calm.pt or ar.pt, and log.jsonl. Every micro-batch seeds its own noise from
-(seed, step, its number), so a resumed run, or one spread over other processes, draws what the plain run draws.
+A run lives in --out_dir: autoencoder.pt, transformer.pt, calm.pt or ar.pt, and log.jsonl. Every micro-batch seeds its
+own noise from (seed, step, its number), so a resumed run, or one spread over other processes, draws what the plain run draws.
 """
 import atexit
 import inspect
@@ -20,7 +21,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
@@ -36,7 +37,7 @@ from autoencoder import (Autoencoder, AutoencoderConfig, autocast, check_sizes, 
 from calm import AR, CALM, ARConfig, CALMConfig, KVCache, cast_matrices, energy_score, flops_per_token, generate, half_of_targets
 from data.prepare import Parser, eot_token, fail, load_data, within
 
-STAGES = ("autoencoder", "calm", "ar")
+STAGES = ("autoencoder", "calm", "ar", "transformer")   # the last one: CALM without its head
 
 
 @dataclass
@@ -64,12 +65,12 @@ class TrainConfig:
 PAPER = dict(chunk_size=4, latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
              ae_batch_size=2)
 SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, num_samples=4, aux_weight=0.5, embed_std=1.0, qk_norm=1.2, optimizer="muon",
-             lr=3e-3, warmup_steps=50, decay_frac=0.8, grad_accum=1, ae_n_embd=256, ae_n_ff=128, ae_lr=3e-3, ae_warmup_steps=50,
-             ae_decay_frac=0.8, ae_grad_accum=1)
+             kernel_weight=4.0, head_init=1.0, transformer_share=0.45, lr=3e-3, warmup_steps=50, decay_frac=0.8, grad_accum=1,
+             ae_n_embd=256, ae_n_ff=128, ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.8, ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=2000,
+    "nano": dict(SMALL, n_layer=4, n_embd=256, n_head=4, n_ff=688, n_head_layer=1, block_size=128, max_steps=3340,
                  batch_size=4, ae_max_steps=350),
-    "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=6000,
+    "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=10_000,
                  batch_size=32, ae_max_steps=2000, ae_batch_size=16),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
     "M": dict(PAPER, n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
@@ -82,6 +83,8 @@ PRESETS = {
 
 PREFIXED = {"n_embd", "n_ff", "n_layer", *(f.name for f in fields(TrainConfig))}   # the autoencoder's own: --ae_n_embd, ...
 SHARED = {"vocab_size", "chunk_size", "latent_dim"}                               # it must have CALM's
+OF_THE_HEAD = {"latent_dim", "n_head_layer", "n_noise", "num_samples", "num_targets", "alpha", "head", "num_evals",
+               "kernel_weight", "kernel_width", "head_init"}                      # the Transformer alone has not seen them
 
 
 def flag(name, stage):
@@ -106,7 +109,7 @@ def config_of(config, args, stage, **given):
 def parse_args(argv):
     parser = Parser(usage="python train.py [flags]", description="Train CALM, its autoencoder, or the AR baseline.")
     run = parser.add_argument_group("run")
-    run.add_argument("--model", default="calm", choices=STAGES, help="what to train; calm trains its autoencoder first")
+    run.add_argument("--model", default="calm", choices=STAGES[:3], help="what to train; calm trains its autoencoder first")
     run.add_argument("--preset", default="auto", choices=["auto", *PRESETS], help="auto: mini on CUDA, else nano")
     run.add_argument("--data", default="stdlib", help="a data set under data/; known ones (data/prepare.py --help) are prepared if missing")
     run.add_argument("--out_dir", help="the run's folder; None: out/<data name>")
@@ -124,7 +127,10 @@ def parse_args(argv):
     run.add_argument("--shard_optimizer", action="store_true", help="under torchrun: a share of its state in each process")
     run.add_argument("--log_interval", type=within(1), default=10, help="steps between lines of log.jsonl")
     run.add_argument("--eval_interval", type=within(1), default=500, help="steps between evaluations, each with a checkpoint")
-    add_flags(parser.add_argument_group("training"), TrainConfig)
+    training = parser.add_argument_group("training")
+    add_flags(training, TrainConfig)
+    training.add_argument("--transformer_share", type=within(0, 1, float), default=0.0, help="departure: share of CALM's steps in "
+                          "which its Transformer learns, from the auxiliary loss alone; then its head does (0: both at once)")
     add_flags(parser.add_argument_group("model (the baseline takes what it has; its context is the same text, block_size * K "
                                         "tokens)"), CALMConfig, skip={"vocab_size"})
     stage1 = parser.add_argument_group("autoencoder")
@@ -141,6 +147,8 @@ def parse_args(argv):
         parser.set_defaults(**resumed_settings(early))
     args = parser.parse_args(argv)
     args.out_dir = Path(args.out_dir or Path("out") / Path(args.data).name)
+    if args.transformer_share and not args.aux_weight:
+        fail("--transformer_share needs an --aux_weight above 0: the auxiliary loss is what the Transformer learns from")
     if args.match_flops and args.model == "autoencoder":
         fail("--match_flops sets the length of a CALM or an AR run: drop it, or --model autoencoder")
     for config, stage in ((TrainConfig, "autoencoder"), (TrainConfig, "calm"), (AutoencoderConfig, "autoencoder"),
@@ -156,7 +164,7 @@ def parse_args(argv):
 def resumed_settings(early):
     """The settings saved in the checkpoint that --resume goes on from."""
     out_dir = Path(early.out_dir or Path("out") / Path(early.data).name)
-    stages = ("calm", "autoencoder") if early.model == "calm" else (early.model,)
+    stages = ("calm", "transformer", "autoencoder") if early.model == "calm" else (early.model,)
     path = next((out_dir / f"{stage}.pt" for stage in stages if (out_dir / f"{stage}.pt").is_file()), None)
     if path is None:
         fail(f"nothing to resume in {out_dir}: start with `python train.py --out_dir {out_dir}`")
@@ -263,7 +271,7 @@ def validate(stage, model, data, world, length, brier_windows):
     torch.manual_seed(0)   # every training batch seeds anew
     with autocast(world.device, world.dtype):
         metrics = {f"val_{name}": value.item() for name, value in model.loss(tokens)[1].items()}
-    if stage != "autoencoder" and brier_windows:
+    if stage in ("calm", "ar") and brier_windows:
         result = eval_brier.evaluate(model, data, world.device, world.dtype, windows=brier_windows)
         metrics |= {"brierlm": result["brierlm"], "stderr": result["stderr"]}
     model.train()
@@ -281,9 +289,9 @@ def write_log(path, mode, *entries):
 
 class Progress:
     """The bar on the screen and the lines of log.jsonl, one JSON object a logged step."""
-    def __init__(self, path, world, stage, begin, steps, tokens_per_step, cost, flops_before):
+    def __init__(self, path, world, stage, begin, steps, tokens_per_step, cost, flops_at):
         self.path, self.world, self.stage, self.begin = path, world, stage, begin
-        self.tokens_per_step, self.cost, self.flops_before = tokens_per_step, cost, flops_before
+        self.tokens_per_step, self.cost, self.flops_at = tokens_per_step, cost, flops_at
         lines = path.read_text().splitlines() if path.exists() else []
         lines = [json.loads(line) for line in lines if line.endswith("}")]    # not the torn last line of a killed run
         lines = [line for line in lines if line["stage"] != stage or line["step"] <= begin]   # the others are written anew
@@ -299,8 +307,7 @@ class Progress:
         seconds = time.time() - self.began - self.paused
         speed = (step - self.begin) * self.tokens_per_step / seconds
         entry = {"stage": self.stage, "step": step, "loss": loss, "tokens": step * self.tokens_per_step,
-                 "seconds": round(self.earlier + seconds, 2), "lr": lr,
-                 "flops": self.flops_before + step * self.tokens_per_step * self.cost, **metrics}
+                 "seconds": round(self.earlier + seconds, 2), "lr": lr, "flops": self.flops_at(step), **metrics}
         shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
         if self.peak:
             entry["mfu"] = speed * self.cost / (self.peak * self.world.size)
@@ -335,26 +342,26 @@ def train_step(compute, batches, count, optimizers, scaler, grad_clip, world):
     return total
 
 
-def train_stage(stage, model, args, data, world, cost, **extra):
-    """Train `model` from its checkpoint out_dir/<stage>.pt, if there is one, to its last step -> training FLOPs so far. A
-    finished autoencoder stays as it is, unless it is what was asked for. cost: training FLOPs a token; extra: what else
-    belongs in the checkpoint."""
+def train_stage(stage, model, args, data, world, cost, first=0, steps=None, **extra):
+    """Train `model` in the steps from first + 1 to `steps` (its max_steps), on from its checkpoint out_dir/<stage>.pt if
+    there is one -> its last step, training FLOPs so far. What is finished stays as it is, unless it is what was asked for.
+    cost: training FLOPs a token; extra: what else belongs in the checkpoint."""
     checkpoint, config = open_stage(stage, model, args, data), config_of(TrainConfig, args, stage)
     if checkpoint and checkpoint["done"] and stage != args.model:
-        return checkpoint["flops"]
-    steps, count = config.max_steps, math.ceil(config.grad_accum / world.size)   # micro-batches of each process
+        return checkpoint["step"], checkpoint["flops"]
+    steps, count = steps or config.max_steps, math.ceil(config.grad_accum / world.size)   # micro-batches of each process
     inputs = args.block_size * args.chunk_size
-    length = inputs + {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[stage]   # with the last target
+    length = inputs + {"autoencoder": 0, "ar": 1}.get(stage, args.chunk_size)   # with the last target
     tokens_per_step = world.size * count * config.batch_size * inputs
     path = args.out_dir / f"{stage}.pt"
     data.check("train", length), data.check("val", length)
-    flops_before = extra.get("flops", 0.0)   # CALM's: what its autoencoder cost
+    flops_at = lambda step: extra.get("flops", 0.0) + cost * tokens_per_step * (step - first)   # with the stages before
 
     model.to(world.device).train()
     shard = args.shard_optimizer and world.size > 1
     optimizers = make_optimizers(model, config, shard)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    begin = checkpoint["step"] if checkpoint else 0
+    begin = checkpoint["step"] if checkpoint else first
     if checkpoint:
         scaler.load_state_dict(checkpoint["scaler"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
@@ -367,21 +374,24 @@ def train_stage(stage, model, args, data, world, cost, **extra):
     def save(step):
         for optimizer in optimizers if shard else ():
             optimizer.consolidate_state_dict()   # gathered in the first process
+        weights = model.state_dict()
+        if stage == "transformer":
+            weights = {name: value for name, value in weights.items() if not name.startswith(("head.", "autoencoder."))}
         if world.main:
             save_checkpoint(path, {
-                "kind": stage, "config": asdict(model.config), "model": model.state_dict(), "step": step, "done": step >= steps,
+                "kind": stage, "config": asdict(model.config), "model": weights, "step": step, "done": step >= steps,
                 "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
                 "random": {"seed": args.seed, "step": step},   # all of it: each micro-batch is seeded by these
                 "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-                "data": {**data.meta, "name": args.data}, **extra, "flops": flops_before + cost * tokens_per_step * step})
+                "data": {**data.meta, "name": args.data}, **extra, "flops": flops_at(step)})
 
-    world.say(f"{stage}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, {steps:,} steps of "
-              f"{tokens_per_step:,} tokens, {cost * tokens_per_step * steps:.2e} FLOPs, on {world.size} x {world.device.type} in "
-              f"{str(world.dtype).removeprefix('torch.')}{', compiled' if world.compile else ''}")
-    progress = Progress(args.out_dir / "log.jsonl", world, stage, begin, steps, tokens_per_step, cost, flops_before)
+    world.say(f"{stage}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters, {steps - first:,} steps "
+              f"of {tokens_per_step:,} tokens, {cost * tokens_per_step * (steps - first):.2e} FLOPs, on {world.size} x "
+              f"{world.device.type} in {str(world.dtype).removeprefix('torch.')}{', compiled' if world.compile else ''}")
+    progress = Progress(args.out_dir / "log.jsonl", world, stage, begin, steps, tokens_per_step, cost, flops_at)
     world.listen()
     for step in range(begin + 1, steps + 1):
-        factor = lr_factor(step, config)
+        factor = lr_factor(step - first, replace(config, max_steps=steps - first))
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = factor * group["peak_lr"]
         batches = micro_batches(data, args.seed, world, stage, step, count, config.batch_size, length)
@@ -412,7 +422,7 @@ def train_stage(stage, model, args, data, world, cost, **extra):
                       f"--model {args.model} --data {args.data} --out_dir {args.out_dir}")
             raise SystemExit(130)
     progress.bar.close()
-    return flops_before + cost * tokens_per_step * steps
+    return steps, flops_at(steps)
 
 
 # --- The bench -------------------------------------------------------------------------------------------------------
@@ -483,15 +493,19 @@ def open_stage(stage, model, args, data):
     elsewhere, longer = "use another --out_dir", f"--{flag('max_steps', stage)}"
     if checkpoint["data"]["fingerprint"] != data.meta["fingerprint"]:
         fail(f"{path} was trained on other data than {data.folder} holds now: {elsewhere}")
-    trained = asdict(type(model.config)(**checkpoint["config"]))
+    try:
+        trained = asdict(type(model.config)(**checkpoint["config"]))
+    except TypeError as error:   # a field that this version does not have
+        fail(f"{path} is of another version ({error}): {elsewhere}")
+    any_head = stage == "transformer" and model.config.input_mode == "discrete"   # else it has read the latents
     for name, value in asdict(model.config).items():
-        if trained[name] != value:
+        if trained[name] != value and not (any_head and name in OF_THE_HEAD):
             fail(f"{path} has {name} {trained[name]}, this run asks for {value}: {elsewhere}, or drop the flag")
     if not checkpoint["done"] and not args.resume:
         fail(f"{path} is unfinished (step {checkpoint['step']:,}): add --resume to go on, or {elsewhere}")
     if checkpoint["done"] and not args.resume and stage == args.model:
         fail(f"{path} is already trained ({checkpoint['step']:,} steps): add --resume with a larger {longer}, or {elsewhere}")
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(checkpoint["model"], strict=stage != "transformer")
     return checkpoint
 
 
@@ -539,11 +553,13 @@ def main():
         return
 
     torch.manual_seed(args.seed)
+    share = args.transformer_share if args.model == "calm" else 0.0
     if args.model == "calm":
         checkpoint = load_checkpoint(args.out_dir / "autoencoder.pt", "autoencoder")
         extra = {"autoencoder_config": checkpoint["config"], "flops": checkpoint["flops"]}
         model = CALM(config_of(CALMConfig, args, "calm", vocab_size=vocab_size), load_autoencoder(checkpoint))
-        cost = flops_per_token(model.config, model.autoencoder.config)["train"]
+        costs = flops_per_token(model.config, model.autoencoder.config)
+        cost = share * costs["transformer"] + (1 - share) * costs["head"] if share else costs["train"]   # the mean of a step
     else:
         model = AR(config_of(ARConfig, args, "ar", vocab_size=vocab_size, block_size=args.block_size * args.chunk_size))
         cost = flops_per_token(model.config)["train"]
@@ -555,7 +571,15 @@ def main():
         tokens_per_step = micro_batches_a_step * args.batch_size * args.block_size * args.chunk_size
         args.max_steps = max(1, round((total - before) / cost / tokens_per_step))
         world.say(f"{args.max_steps:,} steps match the {total:.2e} training FLOPs of {args.match_flops}, autoencoder included")
-    flops = train_stage(args.model, model, args, data, world, cost, **extra)
+    first = min(round(share * args.max_steps), args.max_steps - 1)   # the steps of the Transformer alone
+    if first:
+        model.learn_only("transformer")
+        first, extra["flops"] = train_stage("transformer", model, args, data, world, costs["transformer"], steps=first, **extra)
+        if first >= args.max_steps:
+            fail(f"{args.out_dir / 'transformer.pt'} has {first:,} steps: --max_steps counts them and the head's, and must be larger")
+        model.learn_only("head")
+        cost = costs["head"]
+    _, flops = train_stage(args.model, model, args, data, world, cost, first, **extra)
     finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops)   # the training is over
 
 

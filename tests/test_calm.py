@@ -47,10 +47,10 @@ def expected_distance(mean, std):
     return std * math.sqrt(2 / math.pi) * math.exp(-mean ** 2 / (2 * std ** 2)) + mean * math.erf(mean / (std * math.sqrt(2)))
 
 
-def scores_of(mean, std, alpha, P=200_000, N=3, M=4):
+def scores_of(mean, std, alpha, P=200_000, N=3, M=4, **kernel):
     """Energy losses of a forecast N(mean, std^2) for outcomes N(0, 1), at P positions with the same noise each call."""
     torch.manual_seed(0)
-    return energy_score(mean + std * torch.randn(N, P, 1), torch.randn(M, P, 1), alpha)
+    return energy_score(mean + std * torch.randn(N, P, 1), torch.randn(M, P, 1), alpha, **kernel)
 
 
 def test_energy_score_is_unbiased():
@@ -63,6 +63,14 @@ def test_energy_score_is_unbiased():
 @pytest.mark.parametrize("mean, std", [(0.3, 1), (-0.3, 1), (0, 0.7), (0, 1.4), (0, 0.01)])
 def test_energy_score_is_minimised_by_the_true_distribution(mean, std, alpha):
     excess = scores_of(mean, std, alpha) - scores_of(0, 1, alpha)
+    assert excess.mean() > 5 * excess.std() / len(excess) ** 0.5
+
+
+@pytest.mark.parametrize("mean, std", [(0.3, 1), (-0.3, 1), (0, 0.7), (0, 1.4), (0, 0.01)])
+def test_a_gaussian_kernel_alone_is_minimised_by_the_true_distribution(mean, std):
+    """What it adds to the energy score is strictly proper too."""
+    added = lambda *about: scores_of(*about, 1.0, kernel_weight=1.0, kernel_width=0.8) - scores_of(*about, 1.0)
+    excess = added(mean, std) - added(0, 1)
     assert excess.mean() > 5 * excess.std() / len(excess) ** 0.5
 
 
@@ -351,20 +359,26 @@ def test_every_input_mode_trains_and_generates(mode):
 
 # --- The small recipe's departures ------------------------------------------------------------------------------------
 
-def test_a_share_of_the_heads_gradient_reaches_h():
-    tokens, gradients, losses = torch.arange(32).view(2, 16) % V, {}, []
-    for share in (1.0, 0.25, 0.0):
-        model = tiny_calm(head_grad=share)
+def test_the_transformer_and_the_head_learn_one_after_the_other():
+    """Each part gets its own gradients and no others, the same ones as when both learn at once from that loss alone."""
+    tokens, gradients = torch.arange(32).view(2, 16) % V, {}
+    for part in ("all", "transformer", "head"):
+        model = tiny_calm(aux_weight=0.5)
         torch.manual_seed(1)
-        loss, _ = model.loss(tokens)
+        torch.nn.init.normal_(model.head.final_layer.linears[2].weight)   # zeros would give h no gradient
+        if part != "all":
+            model.learn_only(part)
+        loss, metrics = model.loss(tokens)
         loss.backward()
-        losses.append(loss.item())
-        for part, weight in (("h", model.transformer.norm.weight), ("head", model.head.hidden_embd.weight)):
-            gradients[part, share] = torch.zeros(()) if weight.grad is None else weight.grad
-    assert losses[0] == losses[1] == losses[2] and gradients["h", 1.0].norm() > 0
-    torch.testing.assert_close(gradients["h", 0.25], gradients["h", 1.0] / 4)
-    assert gradients["h", 0.0].count_nonzero() == 0
-    torch.testing.assert_close(gradients["head", 0.0], gradients["head", 1.0])
+        gradients[part] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert set(metrics) == {"loss"} | {"all": {"energy", "aux"}, "transformer": {"aux"}, "head": {"energy"}}[part]
+    of_head = {name for name in gradients["all"] if name.startswith("head.")}
+    assert set(gradients["head"]) == of_head and set(gradients["transformer"]) == set(gradients["all"]) - of_head
+    for name in of_head:
+        torch.testing.assert_close(gradients["head"][name], gradients["all"][name])
+    torch.testing.assert_close(gradients["transformer"]["aux.weight"], gradients["all"]["aux.weight"])
+    name = "transformer.norm.weight"
+    assert not torch.allclose(gradients["transformer"][name], gradients["all"][name])   # which hears the head too
 
 
 def test_normalised_queries_and_keys_forget_their_length():
@@ -543,5 +557,8 @@ def test_flops_of_a_head_are_those_of_its_matrices(head):
     of_h = sum(n / 2 if "linears.0" in name and "mlp_blocks" in name else n for name, n in weights.items()
                if "hidden_embd" in name or "cond_embed" in name or "mlp_blocks" in name and "linears.0" in name)
     ae = AutoencoderConfig(257)
-    more, less = (flops_per_token(config(N), ae)["train"] for N in (3, 2))
-    assert more - less == pytest.approx(3 * 2 * (sum(weights.values()) - of_h) / 4)
+    more, less = (flops_per_token(config(N), ae) for N in (3, 2))
+    for part in ("train", "head"):
+        assert more[part] - less[part] == pytest.approx(3 * 2 * (sum(weights.values()) - of_h) / 4)
+    backward = 2 / 3 * more["transformer"]   # what training the head alone saves, no auxiliary loss here
+    assert more["train"] - more["head"] == pytest.approx(backward)

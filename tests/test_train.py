@@ -190,16 +190,20 @@ def test_the_frontier_falls_from_accuracy_and_collision_at_one_to_certainty(mode
 
 # --- Interrupted, resumed, spread out ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stage, model", [("autoencoder", "calm"), ("calm", "calm"), ("ar", "ar")])
+@pytest.mark.parametrize("stage, model, share, step", [("autoencoder", "calm", 0, 7), ("calm", "calm", 0, 7), ("ar", "ar", 0, 7),
+                                                       ("transformer", "calm", 0.5, 7), ("calm", "calm", 0.2, 10)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, number, foxes, tmp_path, run, monkeypatch):
-    flags = ["--data", foxes, *SHORT, "--model", model, "--optimizer", "muon"]
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, share, step, number, foxes, tmp_path, run, monkeypatch):
+    """Broken off in the seventh step of each stage; of CALM all at once, and of its Transformer before its head."""
+    flags = ["--data", foxes, *SHORT, "--model", model, "--optimizer", "muon", "--transformer_share", share]
     assert run(train, *flags, "--out_dir", tmp_path / "whole").code == 0
     plain = train.make_optimizers
 
     def interrupted(m, *settings):
         """The optimizers, the first of which sends the signal in its seventh step of the stage in question."""
         optimizers, now = plain(m, *settings), {"Autoencoder": "autoencoder", "CALM": "calm", "AR": "ar"}[type(m).__name__]
+        if getattr(m, "part", "all") == "transformer":
+            now = "transformer"
         step, calls = optimizers[0].step, []
 
         def counted(*a, **k):
@@ -212,8 +216,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, n
 
     monkeypatch.setattr(train, "make_optimizers", interrupted)
     result = run(train, *flags, "--out_dir", tmp_path / "broken")
-    assert result.code == 130 and "interrupted at step 7" in result.out and "--resume" in result.out
-    assert load_checkpoint(tmp_path / "broken" / f"{stage}.pt")["step"] == 7
+    assert result.code == 130 and f"interrupted at step {step}" in result.out and "--resume" in result.out
+    assert load_checkpoint(tmp_path / "broken" / f"{stage}.pt")["step"] == step
     monkeypatch.setattr(train, "make_optimizers", plain)
     assert run(train, "--resume", "--model", model, "--data", foxes, "--out_dir", tmp_path / "broken", "--device", "cpu").code == 0
     assert_same_weights(weights(tmp_path / "whole" / f"{model}.pt"), weights(tmp_path / "broken" / f"{model}.pt"), rtol=0, atol=0)
@@ -264,6 +268,23 @@ def test_a_finished_autoencoder_is_used_as_it_is(foxes, tmp_path, run):
     assert path.read_bytes() == before
     assert run(train, *flags, "--model", "autoencoder", "--resume", "--ae_max_steps", "30").code == 0
     assert load_checkpoint(path)["step"] == 30
+
+
+def test_a_transformer_serves_any_head_and_stands_still_under_it(foxes, tmp_path, run):
+    """It is trained once; a copy of the file is what another head, also on another latent space, begins with."""
+    flags, first, second = ["--data", foxes, *SHORT, "--transformer_share", 0.4], tmp_path / "energy", tmp_path / "flow"
+    assert run(train, *flags, "--out_dir", first).code == 0
+    assert set(losses(first, "transformer")) == {1, 5, 6} and set(losses(first, "calm")) == {10, 15}
+    second.mkdir()
+    shutil.copy(first / "transformer.pt", second)
+    assert run(train, *flags, "--out_dir", second, "--head", "flow", "--latent_dim", 16).code == 0
+    learned = weights(first / "transformer.pt")
+    assert learned and not any(name.startswith(("head.", "autoencoder.")) for name in learned)
+    for out in (first, second):
+        whole = weights(out / "calm.pt")
+        assert_same_weights(learned, {name: whole[name] for name in learned}, rtol=0, atol=0)
+    result = run(train, *flags, "--out_dir", second, "--resume", "--latent_dim", 16, "--n_layer", 1)
+    assert result.code == 2 and "transformer.pt has n_layer 2, this run asks for 1" in result.err
 
 
 @pytest.mark.parametrize("model, processes, shard", [("calm", 2, False), ("ar", 2, False), ("calm", 4, True)])
@@ -509,12 +530,19 @@ def trained(tmp_path_factory):
     (folder / "swapped" / "calm.pt").write_bytes((folder / "out" / "ar.pt").read_bytes())
     (folder / "only_ae").mkdir()
     (folder / "only_ae" / "autoencoder.pt").write_bytes((folder / "out" / "autoencoder.pt").read_bytes())
+    (folder / "transformed").mkdir()
+    for kind in ("autoencoder", "transformer"):
+        (folder / "transformed" / f"{kind}.pt").write_bytes((folder / "out" / f"{kind}.pt").read_bytes())
     unfinished = load_checkpoint(folder / "out" / "autoencoder.pt")
     (folder / "unfinished").mkdir()
     torch.save({**unfinished, "done": False, "step": 5}, folder / "unfinished" / "autoencoder.pt")
     (folder / "dear").mkdir()
     finished = load_checkpoint(folder / "out" / "autoencoder.pt")
     torch.save({**finished, "flops": 1e30}, folder / "dear" / "autoencoder.pt")
+    (folder / "old").mkdir()
+    for kind in ("autoencoder", "calm"):
+        checkpoint = load_checkpoint(folder / "out" / f"{kind}.pt")
+        torch.save({**checkpoint, "config": {**checkpoint["config"], "gone": 1}}, folder / "old" / f"{kind}.pt")
     (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     return folder
 
@@ -533,7 +561,8 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "autoencoder of no width": (train, ["--ae_n_embd", "0"], "new", "--ae_n_embd must be at least 1"),
     "a rate that is no number": (train, ["--ae_muon_lr", "nan"], "new", "--ae_muon_lr must be a number from 0 on"),
     "negative auxiliary weight": (train, ["--aux_weight", "-1"], "new", "--aux_weight must be a number from 0 on"),
-    "more than the whole gradient": (train, ["--head_grad", "2"], "new", "--head_grad must be in [0, 1]"),
+    "a Transformer with nothing to learn from": (train, ["--transformer_share", "0.5", "--aux_weight", "0"], "new",
+                                                 "needs an --aux_weight above 0"),
     "negative scale of queries": (train, ["--qk_norm", "-1"], "new", "--qk_norm must be a number from 0 on"),
     "a figure of nothing": (eval_brier, ["--plot", "curves.svg", "nowhere"], "out", "nowhere/log.jsonl is not the log of a run"),
     "a figure nowhere": (eval_brier, ["--plot", "nowhere/curves.svg", "out"], "out", "could not write nowhere/curves.svg"),
@@ -548,6 +577,10 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "other K": (train, ["--data", "foxes4", *SHORT, "--chunk_size", "8"], "only_ae", "chunk_size 4, this run asks for 8"),
     "other data": (train, ["--data", "short", *SHORT, "--block_size", "1"], "only_ae", "trained on other data"),
     "other vocabulary": (train, ["--data", "other", *SHORT], "only_ae", "trained on other data"),
+    "another version": (sample, [], "old", "unexpected keyword argument 'gone'"),
+    "another version, training": (train, ["--data", "foxes4", *SHORT], "old", "autoencoder.pt is of another version"),
+    "a kernel without width": (train, ["--kernel_width", "0"], "new", "--kernel_width must be a number above 0"),
+    "no steps for the head": (train, ["--data", "foxes4", *SHORT, "--max_steps", "3"], "transformed", "transformer.pt has 7 steps"),
     "already trained": (train, ["--data", "foxes4", *SHORT], "out", "already trained"),
     "unfinished": (train, ["--data", "foxes4", *SHORT], "unfinished", "unfinished (step 5)"),
     "match_flops of an autoencoder": (train, ["--model", "autoencoder", "--match_flops", "out"], "new", "drop it, or --model"),
