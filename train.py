@@ -61,7 +61,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
 
 
-# The paper's sizes and training, and two small recipes found by measurement. Any flag given wins.
+# The paper's sizes and training, and two small recipes: nano's found by measurement, mini's the same for a larger model.
+# Any flag given wins.
 PAPER = dict(chunk_size=4, latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
              ae_batch_size=2)
 SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, num_samples=4, aux_weight=0.5, embed_std=1.0, qk_norm=1.2, optimizer="muon",
