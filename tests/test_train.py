@@ -125,11 +125,14 @@ def test_muon_auxiliary_loss_accumulation_and_bfloat16_train(foxes, tmp_path, ru
 
 @pytest.mark.slow
 def test_every_precision_trains_to_the_same_loss(foxes, tmp_path, run):
-    """float16 with its gradient scaler, bfloat16 and float32: the same autoencoder and CALM, within a few per cent."""
+    """float16 with its gradient scaler, bfloat16 and float32: the same autoencoder and CALM, within a few per cent.
+
+    The autoencoder's rate stays up for longer than nano's: at 60 steps its loss is then past the steep part of the curve,
+    where one step more or less is worth a tenth."""
     last = {}
     for dtype in ("float32", "bfloat16", "float16"):
         assert run(train, "--data", foxes, "--out_dir", tmp_path / dtype, *SHORT, "--ae_max_steps", 60, "--max_steps", 60,
-                   "--ae_lr", 3e-3, "--lr", 1e-3, "--dtype", dtype).code == 0
+                   "--ae_lr", 3e-3, "--ae_decay_frac", 0.4, "--lr", 1e-3, "--dtype", dtype).code == 0
         last[dtype] = [losses(tmp_path / dtype, stage)[60] for stage in ("autoencoder", "calm")]
         assert last[dtype] == pytest.approx(last["float32"], rel=0.05)
     assert losses(tmp_path / "float16", "autoencoder")[1] > 2 * last["float16"][0]
