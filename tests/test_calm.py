@@ -74,6 +74,12 @@ def test_a_gaussian_kernel_alone_is_minimised_by_the_true_distribution(mean, std
     assert excess.mean() > 5 * excess.std() / len(excess) ** 0.5
 
 
+def test_the_kernel_is_added_to_each_distance():
+    x, y = 3 * torch.randn(3, 4, 6), 3 * torch.randn(3, 5, 6)
+    d = (x[:, :, None] - y[:, None]).norm(dim=-1)                             # the naive (P, N, M)
+    torch.testing.assert_close(distances(x, y, 0.5, kernel_weight=4.0, kernel_width=5.0), d ** 0.5 + 4 * (1 - (-d ** 2 / 50).exp()))
+
+
 def test_energy_score_with_alpha_2_sees_only_the_mean():
     excess = scores_of(0, 0.3, alpha=2.0) - scores_of(0, 1, alpha=2.0)
     assert abs(excess.mean()) < 5 * excess.std() / len(excess) ** 0.5
@@ -379,6 +385,18 @@ def test_the_transformer_and_the_head_learn_one_after_the_other():
     torch.testing.assert_close(gradients["transformer"]["aux.weight"], gradients["all"]["aux.weight"])
     name = "transformer.norm.weight"
     assert not torch.allclose(gradients["transformer"][name], gradients["all"][name])   # which hears the head too
+
+
+def test_the_heads_first_weights_have_the_spread_that_was_asked_for():
+    autoencoder = Autoencoder(AutoencoderConfig(V, 4, latent_dim=6, n_embd=16, n_ff=24))
+    for head_init, spread in ((0.0, lambda inputs: 0.02), (1.5, lambda inputs: 1.5 / inputs ** 0.5)):
+        model = CALM(CALMConfig(V, 4, 6, n_embd=128, n_ff=48, n_layer=1, n_head=4, n_head_layer=1, n_noise=32, head_init=head_init),
+                     autoencoder)
+        *matrices, last = [p for p in model.head.parameters() if p.ndim == 2]
+        for p in matrices:   # of 4,096 numbers or more
+            assert p.std().item() == pytest.approx(spread(p.shape[1]), rel=0.06)
+        assert last.count_nonzero() == 0                                      # zeros, in either case
+        assert model.transformer.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.06)
 
 
 def test_normalised_queries_and_keys_forget_their_length():

@@ -290,6 +290,17 @@ def test_a_transformer_serves_any_head_and_stands_still_under_it(foxes, tmp_path
     assert result.code == 2 and "transformer.pt has n_layer 2, this run asks for 1" in result.err
 
 
+def test_the_rate_falls_to_zero_for_the_transformer_and_then_for_the_head(foxes, tmp_path, run):
+    """6 steps of one, 9 of the other, each from its own first step to its own last."""
+    out = tmp_path / "out"
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--transformer_share", 0.4, "--lr", 1, "--warmup_steps", 1,
+               "--decay_frac", 1).code == 0
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rates = {(e["stage"], e["step"]): e["lr"] for e in entries if e["stage"] in ("transformer", "calm") and "lr" in e}
+    assert rates == pytest.approx({("transformer", 1): 1, ("transformer", 5): 2 / 6, ("transformer", 6): 1 / 6,
+                                   ("calm", 10): 6 / 9, ("calm", 15): 1 / 9})
+
+
 @pytest.mark.parametrize("model, processes, shard", [("calm", 2, False), ("ar", 2, False), ("calm", 4, True)])
 def test_gloo_processes_equal_one_with_as_many_micro_batches(model, processes, shard, foxes, data_dir, tmp_path, run):
     """The same micro-batches on one process or one on each: the same losses, weights and BrierLM, also with the optimizer's
