@@ -245,10 +245,10 @@ class EnergyHead(nn.Module):
 
     def loss(self, h, mean, log_std):
         """Energy loss of each position: h (P, D), posterior mean and log_std (P, L) of the chunk to come -> (P,)."""
-        x = self.sample(h, self.config.num_samples).float() - mean            # (N, P, L)
-        y = half_of_targets(log_std, self.config.num_targets)                 # (M/2, P, L)
-        # Both minus the mean: distances stay, and float32 keeps more digits.
         c = self.config
+        x = self.sample(h, c.num_samples).float() - mean                      # (N, P, L)
+        y = half_of_targets(log_std, c.num_targets)                           # (M/2, P, L)
+        # Both minus the mean: distances stay, and float32 keeps more digits.
         return energy_score(x, y, c.alpha, mirrored=True, kernel_weight=c.kernel_weight, kernel_width=c.kernel_width)
 
 
@@ -524,7 +524,7 @@ class CALM(nn.Module):
         if c.input_mode != "continuous":
             nn.init.normal_(self.embed_tokens.weight, std=c.embed_std)
         for module in self.head.modules():
-            if isinstance(module, nn.Linear) and c.head_init:
+            if c.head_init and isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=c.head_init * module.in_features ** -0.5)
         self.head.start_at_zero()
         self.autoencoder = autoencoder.requires_grad_(False)
