@@ -53,6 +53,7 @@ class CALMConfig:
     aux_weight: float = 0.0        # departure: weight of a next-chunk cross-entropy read from h; unused at inference
     kernel_weight: float = 0.0     # departure: weight of a Gaussian kernel beside the distance in the energy score
     kernel_width: float = 5.0      # its standard deviation
+    brier_weight: float = 0.0      # departure: weight of the samples' Brier score beside the energy score (energy head only)
     head_init: float = 0.0         # departure: first standard deviation of the head's matrices, times sqrt(inputs); 0: 0.02
     embed_std: float = 0.02        # departure where not 0.02: standard deviation of the first embeddings
     qk_norm: float = 0.0           # departure: root mean square that queries and keys are scaled to; 0: left as they are
@@ -66,7 +67,7 @@ class CALMConfig:
             raise ValueError(f"num_samples must be at least 2 (the energy score compares samples), not {self.num_samples}")
         if not 0 < self.alpha < 2:
             raise ValueError(f"alpha must be in (0, 2), where the energy score is strictly proper, not {self.alpha}")
-        for name in ("aux_weight", "kernel_weight", "head_init"):
+        for name in ("aux_weight", "kernel_weight", "brier_weight", "head_init"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
         if not 0 < self.kernel_width < math.inf:
@@ -229,6 +230,8 @@ class EnergyHead(nn.Module):
         self.final_layer = nn.Sequential(OrderedDict(
             in_ln=nn.LayerNorm(D, eps=1e-6),
             linears=nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, config.latent_dim))))
+        if config.brier_weight:   # a second, linear decoder, for training only: cheap enough to read every sample
+            self.readout = nn.Linear(config.latent_dim, config.chunk_size * config.vocab_size)
 
     def start_at_zero(self):
         nn.init.zeros_(self.final_layer.linears[2].weight)   # the first samples are zero, and so are their gradients into h
@@ -243,13 +246,25 @@ class EnergyHead(nn.Module):
             x = block(x, c)
         return self.final_layer(x)                                            # (n, ..., L)
 
-    def loss(self, h, mean, log_std):
-        """Energy loss of each position: h (P, D), posterior mean and log_std (P, L) of the chunk to come -> (P,)."""
+    def loss(self, h, mean, log_std, targets=None):
+        """Energy loss of each position: h (P, D), posterior mean and log_std (P, L) of the chunk to come -> (P,).
+        With a brier_weight also the Brier score; it takes the chunk itself, targets (P, K)."""
         c = self.config
-        x = self.sample(h, c.num_samples).float() - mean                      # (N, P, L)
+        x = self.sample(h, c.num_samples).float()                             # (N, P, L)
         y = half_of_targets(log_std, c.num_targets)                           # (M/2, P, L)
         # Both minus the mean: distances stay, and float32 keeps more digits.
-        return energy_score(x, y, c.alpha, mirrored=True, kernel_weight=c.kernel_weight, kernel_width=c.kernel_width)
+        loss = energy_score(x - mean, y, c.alpha, mirrored=True, kernel_weight=c.kernel_weight, kernel_width=c.kernel_width)
+        return loss + self.brier(x, mean + y[0], targets) if c.brier_weight else loss
+
+    def brier(self, x, z, targets):
+        """A departure: brier_weight times the Brier score of samples x (N, P, L), as the readout reads them, and the loss
+        by which the readout learns, from vectors z (P, L) of the true chunks (P, K). The Brier score goes through it, not
+        into it -> (P,)."""
+        V, weight, bias = self.config.vocab_size, self.readout.weight, self.readout.bias
+        read = F.linear(x, weight.detach(), bias.detach()).unflatten(-1, (-1, V))   # (N, P, K, V)
+        logits = self.readout(z).view(-1, V).float()                                        # (P*K, V)
+        learn = F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape).mean(-1)
+        return self.config.brier_weight * brier_score(read, targets) + learn
 
 
 def half_of_targets(log_std, M):
@@ -288,6 +303,23 @@ def energy_score(x, y, alpha=1.0, mirrored=False, **kernel):
         others = 1 - torch.eye(N, device=x.device)                            # n != k
         to_each_other = (distances(x, x, alpha, **kernel) * others).sum((1, 2)) / (N * (N - 1))
         return 2 * to_targets - to_each_other
+
+
+def brier_score(logits, targets):
+    """A departure: BrierLM's own score as a loss. Token logits (N, P, K, V) of N samples, the true chunk (P, K) -> minus
+    the sum of Brier-1 to Brier-K of each position (P,).
+
+    Where Brier-n asks whether the first n tokens are right, and whether those of two samples are equal, this asks with what
+    probability. Least where the tokens read from the samples have, on average, the true chunk's distribution: proper."""
+    N, hit, same, loss = len(logits), 1.0, 1.0, 0.0
+    others = 1 - torch.eye(N, device=logits.device)[..., None]                # n != m
+    with torch.autocast(logits.device.type, enabled=False):
+        for k in range(targets.shape[1]):
+            p = logits[:, :, k].float().softmax(-1)                           # (N, P, V)
+            hit = hit * p.gather(-1, targets[:, k].expand(N, -1)[..., None])[..., 0]   # (N, P): tokens 0 .. k are right
+            same = same * torch.einsum("npv,mpv->nmp", p, p)                  # (N, N, P): they are the same in two samples
+            loss = loss + (same * others).sum((0, 1)) / (N * (N - 1)) - 2 * hit.mean(0)
+    return loss
 
 
 # --- Two heads that take many steps (section 3.2, figure 8): noise is carried to z by a network of the time t ---------
@@ -349,7 +381,7 @@ class FlowHead(TimeNet):
     def velocity(self, x, t, h):
         return self(x, (1000 * t).floor(), h)   # the network counts time in thousandths, as the authors' does
 
-    def loss(self, h, mean, log_std):
+    def loss(self, h, mean, log_std, targets=None):
         """Squared error of the velocity z - x_0 at N random times of each position, averaged over dimensions -> (P,)."""
         z = mean + log_std.exp() * torch.randn(self.config.num_samples, *mean.shape, device=h.device)   # (N, P, L)
         noise, t = torch.randn_like(z), torch.rand(z.shape[:2], device=z.device)
@@ -405,7 +437,7 @@ class DiffusionHead(TimeNet):
         bits = torch.where((t == 0)[..., None], nll, kl).mean(-1) / math.log(2)
         return (noise - predicted).square().mean(-1), bits
 
-    def loss(self, h, mean, log_std):
+    def loss(self, h, mean, log_std, targets=None):
         """Both terms at N random times of each position -> (P,)."""
         z = mean + log_std.exp() * torch.randn(self.config.num_samples, *mean.shape, device=h.device)   # (N, P, L)
         t = torch.randint(1000, z.shape[:2], device=z.device)
@@ -565,7 +597,7 @@ class CALM(nn.Module):
         if self.part != "transformer":
             with torch.no_grad():
                 mean, log_std = (v.float() for v in self.autoencoder.encode(targets))
-            loss = self.head.loss(h, mean, log_std).mean()
+            loss = self.head.loss(h, mean, log_std, targets).mean()
             metrics[self.config.head] = loss.detach()
         if self.part != "head" and self.config.aux_weight:
             logits = self.aux(h).unflatten(-1, (K, -1)).float()               # (P, K, V)
@@ -727,6 +759,8 @@ def flops_per_token(config, autoencoder=None):
         return {"train": 3 * forward, "inference": forward}
     ae, aux = flops_per_token(autoencoder), cost(model.aux, 1, c.n_embd) if c.aux_weight else 0
     one, several = (cost(model.head.sample, 1, c.n_embd, n=n) / evals for n in (1, c.num_samples))   # of one evaluation
+    if hasattr(model.head, "readout"):   # it reads the N samples, and a true vector to learn from
+        several += (c.num_samples + 1) * cost(model.head.readout, 1, c.latent_dim)
     return {"train": 3 * (backbone + several + aux) + ae["encode"], "inference": backbone + c.num_evals * one + ae["decode"],
             "transformer": 3 * (backbone + aux), "head": backbone + 3 * several + ae["encode"]}
 

@@ -5,14 +5,17 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import (AR, CALM, HEADS, ARConfig, CALMConfig, KVCache, counts, distances, energy_score, expected_calls, flops_per_token,
-                  generate, half_of_targets, pad_front, stream, temperature_batch, temperature_exact)
+from calm import (AR, CALM, HEADS, ARConfig, CALMConfig, KVCache, brier_score, counts, distances, energy_score,
+                  expected_calls, flops_per_token, generate, half_of_targets, pad_front, stream, temperature_batch,
+                  temperature_exact)
 from eval_brier import brier_ngram, brierlm, score_by_rollout, variety
 
 V, EOT = 16, 15
@@ -72,6 +75,43 @@ def test_a_gaussian_kernel_alone_is_minimised_by_the_true_distribution(mean, std
     added = lambda *about: scores_of(*about, 1.0, kernel_weight=1.0, kernel_width=0.8) - scores_of(*about, 1.0)
     excess = added(mean, std) - added(0, 1)
     assert excess.mean() > 5 * excess.std() / len(excess) ** 0.5
+
+
+def test_the_brier_score_of_certain_samples_is_the_metric():
+    samples, targets = torch.randint(3, (5, 400, 4)), torch.randint(3, (400, 4))
+    loss = brier_score(100.0 * F.one_hot(samples, 3), targets)
+    torch.testing.assert_close(loss, -brier_ngram(samples, targets).sum(-1).float())
+
+
+def test_the_brier_score_is_minimised_by_the_true_distribution():
+    """Of one token: samples that say a with probability p, and are themselves sure of it or not."""
+    torch.manual_seed(0)
+    P, truth = 200_000, 0.7
+    targets = (torch.rand(P, 1) > truth).long()
+    def loss(p, sure):
+        mean = torch.where(torch.rand(3, P, 1) < p, sure, 1 - sure)           # (N, P, K): each sample's chance of token 0
+        return brier_score(torch.stack([mean, 1 - mean], -1).log(), targets)
+    best = loss(truth, torch.tensor(1 - 1e-6))
+    for p in (0.5, 0.6, 0.8, 1.0):
+        excess = loss(p, torch.tensor(1 - 1e-6)) - best
+        assert excess.mean() > 5 * excess.std() / P ** 0.5
+    unsure = loss(1.0, torch.tensor(truth)) - best                            # the same distribution in another way
+    assert abs(unsure.mean()) < 5 * unsure.std() / P ** 0.5
+
+
+def test_the_readout_learns_from_true_vectors_alone_and_the_head_through_it():
+    """The readout's gradient is that of its cross-entropy, whatever the samples say; the head's is the whole loss'."""
+    gradients = []
+    for weight in (1.0, 2.0):
+        model = tiny_calm(brier_weight=weight)
+        torch.manual_seed(1)
+        torch.nn.init.normal_(model.head.final_layer.linears[2].weight)
+        model.loss(torch.arange(32).view(2, 16) % V)[0].backward()
+        gradients.append((model.head.readout.weight.grad, model.head.noise_embd.weight.grad))
+    (readout, head), (same, more) = gradients
+    assert readout.abs().sum() > 0
+    torch.testing.assert_close(readout, same)
+    assert not torch.allclose(head, more)
 
 
 def test_the_kernel_is_added_to_each_distance():
@@ -578,5 +618,8 @@ def test_flops_of_a_head_are_those_of_its_matrices(head):
     more, less = (flops_per_token(config(N), ae) for N in (3, 2))
     for part in ("train", "head"):
         assert more[part] - less[part] == pytest.approx(3 * 2 * (sum(weights.values()) - of_h) / 4)
+    if head == "energy":   # the readout, of N samples and of a true vector
+        brier = flops_per_token(replace(config(3), brier_weight=1.0), ae)["head"] - more["head"]
+        assert brier == pytest.approx(3 * 2 * 4 * (128 * 4 * 257) / 4)
     backward = 2 / 3 * more["transformer"]   # what training the head alone saves, no auxiliary loss here
     assert more["train"] - more["head"] == pytest.approx(backward)
