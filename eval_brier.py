@@ -111,19 +111,24 @@ def score_windows(model, tokens, stride, S, temperature=1.0, **sampling):
     return torch.stack(hit_and_collision(samples, targets)).unflatten(1, h.shape[:2])
 
 
+def ngram_stride(K):
+    """From one n-gram's start to the next, in tokens: the smallest multiple of K that is at least 4."""
+    return K * math.ceil(4 / K)
+
+
 @torch.inference_mode()
 def evaluate(model, data, device, dtype, windows=750, num_samples=4, stride=None, context=None, seed=0, progress=False,
              **sampling):
     """BrierLM on the validation split -> {"brier", "brierlm", "stderr", "accuracy", "collision", "positions", "samples"}.
 
     Windows of `context` tokens (default: the model's) are spread evenly over the split; n-grams start every `stride`
-    tokens (default: the smallest multiple of K that is at least 4) with all of the window before them as context.
+    tokens (default: ngram_stride of the model's K) with all of the window before them as context.
     Equal windows, stride and context give equal positions, whatever the model. The standard error is a bootstrap over
     windows, because positions of one window are not independent. sampling: a temperature and other arguments of
     `CALM.draw`. Under torchrun the processes share the windows: call it on all of them.
     """
     K = model.chunk_size
-    stride = stride or K * math.ceil(4 / K)
+    stride = stride or ngram_stride(K)
     context = context or model.config.block_size * K
     if stride % K or context % K:
         fail(f"--stride {stride} and --context {context} must be multiples of the chunk size {K}")
@@ -268,7 +273,7 @@ def main():
     parser.add_argument("--data", help="data set under data/; None: the one it was trained on")
     parser.add_argument("--windows", type=within(1), help="validation windows, evenly spread; None: 750, or 32 with --frontier")
     parser.add_argument("--num_samples", type=within(2), default=4, help="S: samples a position, at least 2")
-    parser.add_argument("--stride", type=within(4), help="tokens from one n-gram's start to the next; None: K, at least 4")
+    parser.add_argument("--stride", type=within(4), help="tokens from one n-gram's start to the next; None: K of the run, at least 4")
     parser.add_argument("--context", type=within(8), help="tokens a window; None: the model's context")
     parser.add_argument("--texts", type=within(0), default=64, help="texts to write, to compare with real text; 0: none")
     parser.add_argument("--num_evals", type=within(1), help="of a flow or diffusion head: evaluations a sample")
@@ -300,6 +305,7 @@ def main():
         model, checkpoint = load_model(args.out_dir, args.model, device, dtype, **changes)
         data = load_data(args.data or checkpoint["data"]["name"])
         check_tokenizer(checkpoint, data)
+        args.stride = args.stride or ngram_stride(checkpoint["settings"]["chunk_size"])   # the baseline where CALM is asked
     measure = partial(evaluate, model, data, device, dtype, args.windows, args.num_samples, args.stride, args.context, args.seed,
                       True)
     if args.frontier:

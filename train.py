@@ -266,7 +266,7 @@ def micro_batches(data, seed, world, stage, step, count, batch_size, length):
 # --- What the loop says while it runs ---------------------------------------------------------------------------------
 
 @torch.no_grad()
-def validate(stage, model, data, world, length, brier_windows):
+def validate(stage, model, data, world, length, brier_windows, K):
     """Metrics on fixed validation windows with fixed noise: the loss and its parts, and BrierLM."""
     model.eval()
     tokens = data.batch("val", data.even_offsets("val", 16, length), length).to(world.device)
@@ -274,7 +274,7 @@ def validate(stage, model, data, world, length, brier_windows):
     with autocast(world.device, world.dtype):
         metrics = {f"val_{name}": value.item() for name, value in model.loss(tokens)[1].items()}
     if stage in ("calm", "ar") and brier_windows:
-        result = eval_brier.evaluate(model, data, world.device, world.dtype, windows=brier_windows)
+        result = eval_brier.evaluate(model, data, world.device, world.dtype, brier_windows, stride=eval_brier.ngram_stride(K))
         metrics |= {"brierlm": result["brierlm"], "stderr": result["stderr"]}
     model.train()
     return metrics
@@ -413,7 +413,7 @@ def train_stage(stage, model, args, data, world, cost, first=0, steps=None, **ex
         metrics = {}
         if evaluating:
             began = time.time()
-            metrics = validate(stage, model, data, world, length, brier_windows=0 if step == steps else 32)
+            metrics = validate(stage, model, data, world, length, brier_windows=0 if step == steps else 32, K=args.chunk_size)
             progress.paused += time.time() - began
         progress.log(step, loss, factor * config.lr, metrics)
         if stopping or evaluating:
@@ -513,7 +513,8 @@ def open_stage(stage, model, args, data):
 
 def finish(model, args, data, world, flops):
     """BrierLM, a held-out text continued, and what to run next."""
-    result = eval_brier.evaluate(model, data, world.device, world.dtype, progress=world.main)
+    stride = eval_brier.ngram_stride(args.chunk_size)   # the baseline's too: CALM's positions
+    result = eval_brier.evaluate(model, data, world.device, world.dtype, stride=stride, progress=world.main)
     if not world.main:
         return
     print("\n" + eval_brier.describe(result))

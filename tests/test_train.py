@@ -81,8 +81,15 @@ def test_the_whole_road_learns_a_repeating_text(foxes, tmp_path, run):
 def test_chunks_of_other_sizes_train_and_evaluate(K, foxes, tmp_path, run):
     out = tmp_path / "out"
     assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--chunk_size", K).code == 0
-    result = run(eval_brier, "--out_dir", out, "--json", "--windows", 4, "--device", "cpu")
-    assert result.code == 0 and len(json.loads(result.out.splitlines()[-1])["brier"]) == 4
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--chunk_size", K, "--model", "ar").code == 0
+    positions = []
+    for model in ("calm", "ar"):   # scored at the same ones, in the end and by hand
+        result = run(eval_brier, "--out_dir", out, "--model", model, "--json", "--windows", 4, "--device", "cpu")
+        assert result.code == 0 and len(json.loads(result.out.splitlines()[-1])["brier"]) == 4
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        positions.append((json.loads(result.out.splitlines()[-1])["positions"],
+                          next(e["positions"] for e in log if e["stage"] == model and e.get("final"))))
+    assert positions[0] == positions[1]
 
 
 def test_each_model_has_its_own_rate_unless_one_is_given():
