@@ -257,11 +257,11 @@ class EnergyHead(nn.Module):
         return loss + self.brier(x, mean + y[0], targets) if c.brier_weight else loss
 
     def brier(self, x, z, targets):
-        """A departure: brier_weight times the Brier score of samples x (N, P, L), as the readout reads them, and the loss
-        by which the readout learns, from vectors z (P, L) of the true chunks (P, K). The Brier score goes through it, not
-        into it -> (P,)."""
+        """A departure: brier_weight times the Brier score of samples x (N, P, L), as the readout reads them, plus the
+        cross-entropy by which the readout learns, from vectors z (P, L) of the true chunks, targets (P, K) -> (P,).
+        The Brier score's gradient goes through the readout, not into it: it would learn to call the samples right."""
         V, weight, bias = self.config.vocab_size, self.readout.weight, self.readout.bias
-        read = F.linear(x, weight.detach(), bias.detach()).unflatten(-1, (-1, V))   # (N, P, K, V)
+        read = F.linear(x, weight.detach(), bias.detach()).unflatten(-1, (-1, V))           # (N, P, K, V)
         logits = self.readout(z).view(-1, V).float()                                        # (P*K, V)
         learn = F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape).mean(-1)
         return self.config.brier_weight * brier_score(read, targets) + learn
