@@ -226,7 +226,7 @@ def make_optimizers(model, config, shard=False):
     matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
     muon = {name: p for name, p in matrices.items()
             if config.optimizer == "muon" and not name.startswith(("embed_tokens.", "lm_head.", "aux.", "head.readout.",
-                                                                        "encoder.embed_tokens."))}
+                                                                   "encoder.embed_tokens."))}
     groups = [dict(params=[p for name, p in matrices.items() if name not in muon], weight_decay=config.weight_decay),
               dict(params=[p for p in model.parameters() if p.requires_grad and p.ndim != 2], weight_decay=0.0)]
     kinds = [(torch.optim.AdamW, groups, dict(lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True))]
