@@ -49,10 +49,11 @@ class AutoencoderConfig:
 
 
 def check_sizes(config):
-    """Every whole number in a config counts something."""
+    """Every whole number in a config counts something; where the default is none, none will do."""
     for f in fields(config):
-        if f.type is int and getattr(config, f.name) < 1:
-            raise ValueError(f"{f.name} must be at least 1, not {getattr(config, f.name)}")
+        least = 0 if f.default == 0 else 1
+        if f.type is int and getattr(config, f.name) < least:
+            raise ValueError(f"{f.name} must be at least {least}, not {getattr(config, f.name)}")
 
 
 class RMSNorm(nn.RMSNorm):

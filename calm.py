@@ -1,9 +1,10 @@
 """
 CALM: a language model that predicts the next vector in place of the next token (Shao et al., arXiv 2510.27688).
 
-Read from top to bottom: the Transformer; the energy head and its loss; two heads that take many steps (a first reading
-may skip them); temperature from samples alone; the two models (CALM and its token-by-token baseline AR); generation; what
-it costs in FLOPs; loading a checkpoint, and the weights that the authors published (layers have the names of theirs).
+Read from top to bottom: the Transformer, with a lookup; the energy head and its loss; two heads that take many steps; temperature
+from samples alone; the two models (CALM and its token-by-token baseline AR); generation; what it costs in FLOPs; loading a
+checkpoint, and the weights that the authors published (layers have the names of theirs). A first reading may skip the lookup,
+the two slow heads, and all after generation.
 
 A training step in five lines:
     chunks of K tokens      -> one input vector each     (CALM.inputs)
@@ -57,6 +58,7 @@ class CALMConfig:
     head_init: float = 0.0         # departure: first standard deviation of the head's matrices, times sqrt(inputs); 0: 0.02
     embed_std: float = 0.02        # departure where not 0.02: standard deviation of the first embeddings
     qk_norm: float = 0.0           # departure: root mean square that queries and keys are scaled to; 0: left as they are
+    lookup: int = 0                # departure: tokens by whose likeness earlier places in the text are looked up; 0: none
 
     def __post_init__(self):
         self.num_evals = self.num_evals or {"energy": 1, "flow": 20, "diffusion": 100}[self.head]
@@ -84,6 +86,7 @@ class ARConfig:
     block_size: int = 2048         # context in tokens
     embed_std: float = 0.02
     qk_norm: float = 0.0
+    lookup: int = 0
 
     def __post_init__(self):
         check_backbone(self)
@@ -96,6 +99,12 @@ def check_backbone(config):
             raise ValueError(f"{name} must be a number from 0 on, not {getattr(config, name)}")
     if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
         raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}, into heads of an even width")
+
+
+def init_embeddings(model, std):
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
 
 
 # --- The Transformer (section 3.3), LLaMA's: RMSNorm, rotary positions, causal attention, SwiGLU, no biases -----------
@@ -119,13 +128,13 @@ class KVCache:
     def __init__(self, block_size):
         self.block_size = block_size
         self.length = 0     # positions filled; setting it lower forgets the positions after it
-        self.layers = {}    # layer -> (2, B, nh, block_size, hs)
+        self.layers = {}    # layer -> (..., block_size, hs): keys and values (2, B, nh, block_size, hs), say
 
-    def write(self, layer, at, k, v):
-        """Store k, v (B, nh, T, hs) of `layer` at positions `at` (T,) -> all its keys and values, the empty ones too."""
+    def write(self, layer, at, new):
+        """Store what is new (..., T, hs) in `layer` at positions `at` (T,) -> all that is there, the empty ones too."""
         if layer not in self.layers:   # zeros: what happens to be in memory may be NaN, and stays NaN under a mask
-            self.layers[layer] = k.new_zeros(2, *k.shape[:2], self.block_size, k.shape[3])
-        return self.layers[layer].index_copy_(3, at, torch.stack([k, v]))
+            self.layers[layer] = new.new_zeros(*new.shape[:-2], self.block_size, new.shape[-1])
+        return self.layers[layer].index_copy_(-2, at, new)
 
 
 class Attention(nn.Module):
@@ -145,7 +154,7 @@ class Attention(nn.Module):
             v = v.float()   # a CPU's attention is no slower in float32 than in bfloat16, for a single query much faster
         q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
         if cache is not None:
-            k, v = cache.write(self.layer, at, k, v)[..., :mask.shape[1], :]
+            k, v = cache.write(self.layer, at, torch.stack([k, v]))[..., :mask.shape[1], :]
         with torch.autocast("cpu", enabled=False):   # which would make it bfloat16 again
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).flatten(-2))                     # (B, T, D)
@@ -164,20 +173,60 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Lookup(nn.Module):
+    """A departure: how did the text go on where it read as it reads now? A Transformer over tokens learns to look (induction
+    heads), but late; one over chunks hardly does, where a repetition does not fall on the borders of its chunks.
+
+    The last `lookup` tokens of a chunk are compared with those before every earlier place: the likeness of the tokens,
+    place by place, the latest counting most, is the score. The answer is the K tokens behind each place, weighted by the
+    softmax of the scores. A constant score for nothing at all takes part: where no place is like it, the answer is near 0."""
+    def __init__(self, config, K):
+        super().__init__()
+        self.K, self.size = K, config.lookup
+        self.embed = nn.Embedding(config.vocab_size, 16)                      # what makes tokens alike: their angle
+        self.value = nn.Embedding(config.vocab_size, 64)
+        self.scale = nn.Parameter(5 * torch.arange(1, self.size + 1) ** -0.75)   # of each place, the latest first
+        self.nothing = nn.Parameter(torch.tensor(10.0))                       # the constant score
+        self.out_proj = nn.Linear(64 * K, config.n_embd, bias=False)
+
+    def forward(self, chunks, position, end, cache=None):
+        """chunks (B, T, K) at `position` (T,) -> (B, T, D). With a cache: of the text up to chunk `end`, held there."""
+        K, B = self.K, len(chunks)
+        within, past = torch.arange(K, device=chunks.device), torch.arange(self.size, device=chunks.device)
+        new = position[:, None] * K + within                                  # (T, K): the new tokens' places in the text
+        recent = new.flatten()[:, None] - past                                # (T*K, lookup): those of their windows
+        text = chunks if cache is None else cache.write("text", position, chunks)[:, :end]
+        text = text.flatten(1)                                                # (B, n), n = end*K
+        likeness = F.pad(F.normalize(self.embed.weight, dim=-1), (0, 0, 1, 0))   # (V + 1, 16); row 0: before the text
+        windows = F.embedding((text[:, recent.clamp_min(0)] + 1) * (recent >= 0), likeness).flatten(2)   # (B, T*K, 16*lookup)
+        queries = windows[:, K - 1::K] * self.scale.repeat_interleave(16)     # (B, T, 16*lookup)
+        keys = windows.view(B, len(position), -1)
+        keys = (keys if cache is None else cache.write("lookup", position, keys)[:, :end]).view(B, -1, windows.shape[2])
+        known = torch.arange(text.shape[1], device=text.device) + K <= new[:, -1:]   # (T, n): all K tokens behind it were read
+        bias = torch.zeros(known.shape, device=text.device).masked_fill(~known, -math.inf)
+        scores = torch.baddbmm(bias.expand(B, -1, -1), queries, keys.transpose(1, 2))                  # (B, T, n)
+        weights = torch.cat([self.nothing.expand(*scores.shape[:2], 1), scores], dim=-1).softmax(-1)[..., 1:]
+        value = self.value(text)                                              # (B, n, 64)
+        answer = [weights[..., :-k] @ value[:, k:] for k in range(1, K + 1)]  # (B, T, 64) each: of the token k places behind
+        return self.out_proj(torch.cat(answer, dim=-1))                       # (B, T, 64*K) -> (B, T, D)
+
+
 class Transformer(nn.Module):
-    """Vectors in, hidden states out: (B, T, D) -> (B, T, D). CALM feeds it chunks, AR feeds it tokens."""
+    """Vectors in, hidden states out: (B, T, D) -> (B, T, D). CALM feeds it chunks, AR feeds it tokens (chunks of one)."""
     def __init__(self, config):
         super().__init__()
         self.block_size = config.block_size
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.norm = RMSNorm(config.n_embd)
+        self.lookup = Lookup(config, getattr(config, "chunk_size", 1)) if config.lookup else None
         cos, sin = rotary_tables(config.n_embd // config.n_head, config.block_size)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x, cache=None, position=None):
-        """With a cache, x goes on where the cache ends. `position`: where a single vector stands, as a tensor (1,): the
-        step then has the same shapes everywhere (what a CUDA graph needs), and it is the caller who counts cache.length."""
+    def forward(self, x, chunks, cache=None, position=None):
+        """x: read from `chunks` (B, T, K). With a cache, it goes on where the cache ends. `position`: where a single vector
+        stands, as a tensor (1,): the step then has the same shapes everywhere (what a CUDA graph needs), and it is the
+        caller who counts cache.length."""
         if position is None:
             start = cache.length if cache is not None else 0
             end = start + x.shape[1]                                          # attend to positions 0 .. end - 1
@@ -189,6 +238,8 @@ class Transformer(nn.Module):
         else:
             end = self.block_size
         mask = None if cache is None else torch.arange(end, device=x.device) <= position[:, None]   # (T, end)
+        if self.lookup is not None:
+            x = x + self.lookup(chunks, position, end, cache)
         for layer in self.layers:
             x = layer(x, self.cos[position], self.sin[position], cache, position, mask)
         return self.norm(x)
@@ -553,8 +604,7 @@ class CALM(nn.Module):
         if c.aux_weight:
             self.aux = nn.Linear(D, K * c.vocab_size)
         self.apply(init_weights)
-        if c.input_mode != "continuous":
-            nn.init.normal_(self.embed_tokens.weight, std=c.embed_std)
+        init_embeddings(self, c.embed_std)
         for module in self.head.modules():
             if c.head_init and isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=c.head_init * module.in_features ** -0.5)
@@ -586,7 +636,7 @@ class CALM(nn.Module):
 
     def hidden(self, tokens, cache=None, position=None):
         """tokens (B, T*K) -> h (B, T, D): h_t has seen chunks up to and with t, and predicts chunk t+1."""
-        return self.transformer(self.inputs(tokens), cache, position)
+        return self.transformer(self.inputs(tokens), tokens.unflatten(1, (-1, self.chunk_size)), cache, position)
 
     def loss(self, tokens):
         """tokens (B, (T+1)*K): chunk t+1 from h_t, for T positions -> scalar, metrics."""
@@ -641,11 +691,11 @@ class AR(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(init_weights)
-        nn.init.normal_(self.embed_tokens.weight, std=config.embed_std)
+        init_embeddings(self, config.embed_std)
 
     def hidden(self, tokens, cache=None, position=None):
         """tokens (B, T) -> h (B, T, D)."""
-        return self.transformer(self.embed_tokens(tokens), cache, position)
+        return self.transformer(self.embed_tokens(tokens), tokens[..., None], cache, position)
 
     def loss(self, tokens):
         """tokens (B, T+1): cross-entropy of token t+1 given the ones before, in nats -> scalar, metrics."""

@@ -117,7 +117,7 @@ def ngram_stride(K):
 
 
 @torch.inference_mode()
-def evaluate(model, data, device, dtype, windows=750, num_samples=4, stride=None, context=None, seed=0, progress=False,
+def evaluate(model, data, device, dtype, windows=375, num_samples=4, stride=None, context=None, seed=0, progress=False,
              **sampling):
     """BrierLM on the validation split -> {"brier", "brierlm", "stderr", "accuracy", "collision", "positions", "samples"}.
 
@@ -271,7 +271,7 @@ def main():
     parser.add_argument("--model", default="calm", choices=("calm", "ar"), help="which of its models")
     parser.add_argument("--official", metavar="DIR", help="a model that the authors published, in place of a run; with --data")
     parser.add_argument("--data", help="data set under data/; None: the one it was trained on")
-    parser.add_argument("--windows", type=within(1), help="validation windows, evenly spread; None: 750, or 32 with --frontier")
+    parser.add_argument("--windows", type=within(1), help="validation windows, evenly spread; None: 375, or 32 with --frontier")
     parser.add_argument("--num_samples", type=within(2), default=4, help="S: samples a position, at least 2")
     parser.add_argument("--stride", type=within(4), help="tokens from one n-gram's start to the next; None: K of the run, at least 4")
     parser.add_argument("--context", type=within(8), help="tokens a window; None: the model's context")
@@ -289,7 +289,7 @@ def main():
     args = parser.parse_args()
     if args.plot:
         return plot(args.plot[0], args.plot[1:] or [args.out_dir])
-    args.windows = args.windows if args.windows is not None else 32 if args.frontier else 750
+    args.windows = args.windows if args.windows is not None else 32 if args.frontier else 375
     if not all(0 < T <= 1 for T in args.temperatures):
         fail("--temperatures must be in (0, 1]")
     device = select_device(args.device)

@@ -65,12 +65,13 @@ class TrainConfig:
 # Any flag given wins.
 PAPER = dict(chunk_size=4, latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
              ae_batch_size=2)
-SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, num_samples=4, aux_weight=0.5, embed_std=1.0, qk_norm=1.2, optimizer="muon",
-             kernel_weight=4.0, brier_weight=1.0, head_init=1.0, transformer_share=0.55, lr=3e-3, warmup_steps=50, decay_frac=0.8,
-             grad_accum=1, ae_n_embd=256, ae_n_ff=128, ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.8, ae_grad_accum=1)
+SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, num_samples=4, aux_weight=0.5, embed_std=1.0, qk_norm=1.2, lookup=12,
+             kernel_weight=4.0, brier_weight=1.0, head_init=1.0, transformer_share=0.55, optimizer="muon", lr=3e-3, warmup_steps=50,
+             decay_frac=0.8, grad_accum=1, ae_n_embd=256, ae_n_ff=128, ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.8,
+             ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, chunk_size=3, latent_dim=24, n_layer=3, n_embd=192, n_head=3, n_ff=512, n_head_layer=1, block_size=170,
-                 max_steps=4200, batch_size=4, ae_n_embd=192, ae_n_ff=96, ae_lr=6e-3, ae_max_steps=250),
+    "nano": dict(SMALL, chunk_size=3, latent_dim=24, n_layer=3, n_embd=192, n_head=3, n_ff=512, n_head_layer=1, block_size=340,
+                 max_steps=3900, batch_size=2, ae_n_embd=192, ae_n_ff=96, ae_lr=6e-3, ae_max_steps=250),
     "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=10_000,
                  batch_size=32, ae_max_steps=2000, ae_batch_size=16),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
@@ -226,7 +227,8 @@ def make_optimizers(model, config, shard=False):
     matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
     muon = {name: p for name, p in matrices.items()
             if config.optimizer == "muon" and not name.startswith(("embed_tokens.", "lm_head.", "aux.", "head.readout.",
-                                                                   "encoder.embed_tokens."))}
+                                                                   "encoder.embed_tokens.", "transformer.lookup.embed.",
+                                                                   "transformer.lookup.value."))}
     groups = [dict(params=[p for name, p in matrices.items() if name not in muon], weight_decay=config.weight_decay),
               dict(params=[p for p in model.parameters() if p.requires_grad and p.ndim != 2], weight_decay=0.0)]
     kinds = [(torch.optim.AdamW, groups, dict(lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True))]

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import (AR, CALM, HEADS, ARConfig, CALMConfig, KVCache, brier_score, counts, distances, energy_score,
+from calm import (AR, CALM, HEADS, ARConfig, CALMConfig, KVCache, Lookup, brier_score, counts, distances, energy_score,
                   expected_calls, flops_per_token, generate, half_of_targets, pad_front, stream, temperature_batch,
                   temperature_exact)
 from eval_brier import brier_ngram, brierlm, score_by_rollout, variety
@@ -31,16 +32,17 @@ def tiny_calm(K=4, seed=0, **options):
     return model.eval()
 
 
-def tiny_ar(vocab_size=V, seed=0):
+def tiny_ar(vocab_size=V, seed=0, **options):
     torch.manual_seed(seed)
-    model = AR(ARConfig(vocab_size, n_embd=32, n_ff=48, n_layer=2, n_head=4, block_size=48))
+    model = AR(ARConfig(vocab_size, n_embd=32, n_ff=48, n_layer=2, n_head=4, block_size=48, **options))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.ndim > 1 else None
     return model.eval()
 
 
 def both():
-    return [pytest.param(tiny_calm, id="calm"), pytest.param(tiny_ar, id="ar")]
+    return [pytest.param(partial(make, lookup=size), id=f"{make.__name__}, lookup {size}")
+            for make in (tiny_calm, tiny_ar) for size in (0, 5)]
 
 
 # --- The energy score -------------------------------------------------------------------------------------------------
@@ -484,6 +486,20 @@ def test_no_position_sees_its_future(make):
     before, after = model.hidden(tokens), model.hidden(changed)
     torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=1e-6)
     assert (before[:, 5:] - after[:, 5:]).abs().amax(-1).min() > 1e-3         # and from there on every state changes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("period", [20, 21, 22])   # chunks of 4: the repetition falls on the same border, or on another
+def test_the_lookup_answers_with_what_followed_before(period):
+    lookup, K = Lookup(CALMConfig(257, 4, n_embd=32, n_head=2, lookup=6), 4), 4
+    text = torch.randperm(257)[:period].repeat(2)[:40][None]                  # once, then (some of) it again
+    answer = lookup(text.view(1, 10, K), torch.arange(10), 10)
+    again = [t for t in range(9) if (t + 1) * K >= period + 6]                # the last 6 tokens have been there before
+    truth = lookup.out_proj(lookup.value(text.view(1, 10, K)).flatten(2))       # of each chunk
+    assert len(again) >= 2
+    torch.testing.assert_close(answer[:, again], truth[:, [t + 1 for t in again]], rtol=0.1, atol=0.1)
+    never = [t for t in range(9) if (t + 1) * K <= period]
+    assert answer[:, never].norm(dim=-1).max() < 0.2 * answer[:, again].norm(dim=-1).min()
 
 
 def test_the_frozen_autoencoder_gets_no_gradient_and_stays_in_eval_mode():

@@ -586,6 +586,7 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "negative auxiliary weight": (train, ["--aux_weight", "-1"], "new", "--aux_weight must be a number from 0 on"),
     "a Transformer with nothing to learn from": (train, ["--transformer_share", "0.5", "--aux_weight", "0"], "new",
                                                  "needs an --aux_weight above 0"),
+    "negative lookup": (train, ["--lookup", "-1"], "new", "--lookup must be at least 0, not -1"),
     "negative scale of queries": (train, ["--qk_norm", "-1"], "new", "--qk_norm must be a number from 0 on"),
     "a figure of nothing": (eval_brier, ["--plot", "curves.svg", "nowhere"], "out", "nowhere/log.jsonl is not the log of a run"),
     "a figure nowhere": (eval_brier, ["--plot", "nowhere/curves.svg", "out"], "out", "could not write nowhere/curves.svg"),
