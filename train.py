@@ -71,7 +71,8 @@ SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, num_samples=4, aux_weight=0
              ae_grad_accum=1)
 PRESETS = {
     "nano": dict(SMALL, chunk_size=3, latent_dim=24, n_layer=3, n_embd=192, n_head=3, n_ff=512, n_head_layer=1, block_size=340,
-                 max_steps=3900, batch_size=2, ae_n_embd=192, ae_n_ff=96, ae_lr=6e-3, ae_max_steps=250),
+                 max_steps=3900, batch_size=2, ae_n_embd=192, ae_n_ff=96, ae_lr=6e-3, ae_batch_size=4,
+                 ae_max_steps=250),
     "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=10_000,
                  batch_size=32, ae_max_steps=2000, ae_batch_size=16),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
