@@ -415,8 +415,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(damage, cop
     flags, out, _ = copied
     path, earlier = out / "ar.pt", out / "ar.previous.pt"                     # of steps 15 and 10
     whole, kept, middle = path.read_bytes(), weights(path), path.stat().st_size // 2
+    page = next(i for i in range(middle, len(whole), 4096) if any(whole[i:i + 4096]))           # one that is not zero yet
     path.write_bytes({"a flipped byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:],
-                      "missing bytes": whole[:middle], "a page of zeros": whole[:middle] + bytes(4096) + whole[middle + 4096:]}[damage])
+                      "missing bytes": whole[:middle], "a page of zeros": whole[:page] + bytes(4096) + whole[page + 4096:]}[damage])
     for script, argv in ((train, flags), (sample, ["--out_dir", out, "--model", "ar"])):
         result = run(script, *argv)
         assert result.code == 2 and "ar.pt is not a whole checkpoint" in result.err
