@@ -128,7 +128,7 @@ class KVCache:
     def __init__(self, block_size):
         self.block_size = block_size
         self.length = 0     # positions filled; setting it lower forgets the positions after it
-        self.layers = {}    # layer -> (..., block_size, hs): keys and values (2, B, nh, block_size, hs), say
+        self.layers = {}    # layer -> keys and values (2, B, nh, block_size, hs); the lookup's text and keys (B, block_size, ...)
 
     def write(self, layer, at, new):
         """Store what is new (..., T, hs) in `layer` at positions `at` (T,) -> all that is there, the empty ones too."""
@@ -198,13 +198,13 @@ class Lookup(nn.Module):
         text = chunks if cache is None else cache.write("text", position, chunks)[:, :end]
         text = text.flatten(1)                                                # (B, n), n = end*K
         likeness = F.pad(F.normalize(self.embed.weight, dim=-1), (0, 0, 1, 0))   # (V + 1, 16); row 0: before the text
-        windows = F.embedding((text[:, recent.clamp_min(0)] + 1) * (recent >= 0), likeness).flatten(2)   # (B, T*K, 16*lookup)
-        queries = windows[:, K - 1::K] * self.scale.repeat_interleave(16)     # (B, T, 16*lookup)
+        windows = F.embedding((text[:, recent.clamp_min(0)] + 1) * (recent >= 0), likeness).flatten(2)   # (B, T*K, lookup*16)
+        queries = windows[:, K - 1::K] * self.scale.repeat_interleave(16)     # (B, T, lookup*16): the chunks' last tokens'
         keys = windows.view(B, len(position), -1)
         keys = (keys if cache is None else cache.write("lookup", position, keys)[:, :end]).view(B, -1, windows.shape[2])
         known = torch.arange(text.shape[1], device=text.device) + K <= new[:, -1:]   # (T, n): all K tokens behind it were read
         bias = torch.zeros(known.shape, device=text.device).masked_fill(~known, -math.inf)
-        scores = torch.baddbmm(bias.expand(B, -1, -1), queries, keys.transpose(1, 2))                  # (B, T, n)
+        scores = torch.baddbmm(bias.expand(B, -1, -1), queries, keys.transpose(1, 2))                  # (B, T, n): sums of cosines
         weights = torch.cat([self.nothing.expand(*scores.shape[:2], 1), scores], dim=-1).softmax(-1)[..., 1:]
         value = self.value(text)                                              # (B, n, 64)
         answer = [weights[..., :-k] @ value[:, k:] for k in range(1, K + 1)]  # (B, T, 64) each: of the token k places behind
