@@ -174,8 +174,8 @@ class Block(nn.Module):
 
 
 class Lookup(nn.Module):
-    """A departure: how did the text go on where it read as it reads now? A Transformer over tokens learns to look (induction
-    heads), but late; one over chunks hardly does, where a repetition does not fall on the borders of its chunks.
+    """A departure: how did the text go on where it read as it reads now? A Transformer over tokens learns to look that up
+    (the induction heads of Olsson et al., 2022), but late; one over chunks hardly does (README, "Copying").
 
     The last `lookup` tokens of a chunk are compared with those before every earlier place: the likeness of the tokens,
     place by place, the latest counting most, is the score. The answer is the K tokens behind each place, weighted by the
@@ -185,8 +185,10 @@ class Lookup(nn.Module):
         self.K, self.size = K, config.lookup
         self.embed = nn.Embedding(config.vocab_size, 16)                      # what makes tokens alike: their angle
         self.value = nn.Embedding(config.vocab_size, 64)
-        self.scale = nn.Parameter(5 * torch.arange(1, self.size + 1) ** -0.75)   # of each place, the latest first
-        self.nothing = nn.Parameter(torch.tensor(10.0))                       # the constant score
+        # Weights of the places, the latest first, and the constant score. They begin near what models that had begun with
+        # equal weights came to: three equal tokens at the end (5 + 3.0 + 2.2) just outweigh the constant.
+        self.scale = nn.Parameter(5 * torch.arange(1, self.size + 1) ** -0.75)
+        self.nothing = nn.Parameter(torch.tensor(10.0))
         self.out_proj = nn.Linear(64 * K, config.n_embd, bias=False)
 
     def forward(self, chunks, position, end, cache=None):

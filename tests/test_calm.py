@@ -491,11 +491,12 @@ def test_no_position_sees_its_future(make):
 @torch.no_grad()
 @pytest.mark.parametrize("period", [20, 21, 22])   # chunks of 4: the repetition falls on the same border, or on another
 def test_the_lookup_answers_with_what_followed_before(period):
+    torch.manual_seed(0)
     lookup, K = Lookup(CALMConfig(257, 4, n_embd=32, n_head=2, lookup=6), 4), 4
     text = torch.randperm(257)[:period].repeat(2)[:40][None]                  # once, then (some of) it again
     answer = lookup(text.view(1, 10, K), torch.arange(10), 10)
     again = [t for t in range(9) if (t + 1) * K >= period + 6]                # the last 6 tokens have been there before
-    truth = lookup.out_proj(lookup.value(text.view(1, 10, K)).flatten(2))       # of each chunk
+    truth = lookup.out_proj(lookup.value(text.view(1, 10, K)).flatten(2))   # of each chunk
     assert len(again) >= 2
     torch.testing.assert_close(answer[:, again], truth[:, [t + 1 for t in again]], rtol=0.1, atol=0.1)
     never = [t for t in range(9) if (t + 1) * K <= period]
