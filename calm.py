@@ -1,10 +1,10 @@
 """
 CALM: a language model that predicts the next vector in place of the next token (Shao et al., arXiv 2510.27688).
 
-Read from top to bottom: the Transformer, with a lookup; the energy head and its loss; two heads that take many steps; temperature
-from samples alone; the two models (CALM and its token-by-token baseline AR); generation; what it costs in FLOPs; loading a
-checkpoint, and the weights that the authors published (layers have the names of theirs). A first reading may skip the lookup,
-the two slow heads, and all after generation.
+Read from top to bottom: the Transformer, with a lookup; the energy head and its loss; two heads that take many steps;
+temperature from samples alone; the two models (CALM and its token-by-token baseline AR); generation; what it costs in FLOPs;
+loading a checkpoint, and the weights that the authors published (layers have the names of theirs). A first reading may skip
+the lookup, the two slow heads, and all after generation.
 
 A training step in five lines:
     chunks of K tokens      -> one input vector each     (CALM.inputs)
@@ -128,7 +128,7 @@ class KVCache:
     def __init__(self, block_size):
         self.block_size = block_size
         self.length = 0     # positions filled; setting it lower forgets the positions after it
-        self.layers = {}    # layer -> keys and values (2, B, nh, block_size, hs); the lookup's text and keys (B, block_size, ...)
+        self.layers = {}    # layer -> keys and values (2, B, nh, block_size, hs); of the lookup, text and keys (B, block_size, ...)
 
     def write(self, layer, at, new):
         """Store what is new (..., T, hs) in `layer` at positions `at` (T,) -> all that is there, the empty ones too."""
@@ -204,7 +204,7 @@ class Lookup(nn.Module):
         queries = windows[:, K - 1::K] * self.scale.repeat_interleave(16)     # (B, T, lookup*16): the chunks' last tokens'
         keys = windows.view(B, len(position), -1)
         keys = (keys if cache is None else cache.write("lookup", position, keys)[:, :end]).view(B, -1, windows.shape[2])
-        known = torch.arange(text.shape[1], device=text.device) + K <= new[:, -1:]   # (T, n): all K tokens behind it were read
+        known = torch.arange(text.shape[1], device=text.device) + K <= new[:, -1:]   # (T, n): the K tokens behind were read
         bias = torch.zeros(known.shape, device=text.device).masked_fill(~known, -math.inf)
         scores = torch.baddbmm(bias.expand(B, -1, -1), queries, keys.transpose(1, 2))                  # (B, T, n): sums of cosines
         weights = torch.cat([self.nothing.expand(*scores.shape[:2], 1), scores], dim=-1).softmax(-1)[..., 1:]
