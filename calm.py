@@ -59,9 +59,12 @@ class CALMConfig:
     embed_std: float = 0.02        # departure where not 0.02: standard deviation of the first embeddings
     qk_norm: float = 0.0           # departure: root mean square that queries and keys are scaled to; 0: left as they are
     lookup: int = 0                # departure: tokens by whose likeness earlier places in the text are looked up; 0: none
+    retrieved: int = 0             # departure: R, places of the lookup that the energy head's samples draw from; 0: none
 
     def __post_init__(self):
         self.num_evals = self.num_evals or {"energy": 1, "flow": 20, "diffusion": 100}[self.head]
+        if not self.lookup or self.head != "energy":
+            self.retrieved = 0
         check_backbone(self)
         if self.num_evals > (1 if self.head == "energy" else 1000) or self.head == "flow" and self.num_evals % 2:
             raise ValueError(f"num_evals {self.num_evals}: energy takes 1, flow an even number, diffusion up to 1000")
@@ -179,10 +182,14 @@ class Lookup(nn.Module):
 
     The last `lookup` tokens of a chunk are compared with those before every earlier place: the likeness of the tokens,
     place by place, the latest counting most, is the score. The answer is the K tokens behind each place, weighted by the
-    softmax of the scores. A constant score for nothing at all takes part: where no place is like it, the answer is near 0."""
+    softmax of the scores. A constant score for nothing at all takes part: where no place is like it, the answer is near 0.
+
+    An average of chunks is no chunk. For the head, which draws one, there are also the chunks themselves: those behind R
+    places, which stand for the distribution that the weights are."""
     def __init__(self, config, K):
         super().__init__()
-        self.K, self.size = K, config.lookup
+        self.K, self.size, self.retrieved = K, config.lookup, getattr(config, "retrieved", 0)
+        self.vocab_size = config.vocab_size
         self.embed = nn.Embedding(config.vocab_size, 16)                      # what makes tokens alike: their angle
         self.value = nn.Embedding(config.vocab_size, 64)
         # Weights of the places, the latest first, and the constant score. They begin near what models that had begun with
@@ -192,7 +199,8 @@ class Lookup(nn.Module):
         self.out_proj = nn.Linear(64 * K, config.n_embd, bias=False)
 
     def forward(self, chunks, position, end, cache=None):
-        """chunks (B, T, K) at `position` (T,) -> (B, T, D). With a cache: of the text up to chunk `end`, held there."""
+        """chunks (B, T, K) at `position` (T,) -> (B, T, D), retrieved chunks (B, T, R, K) or None. With a cache: of the
+        text up to chunk `end`, held there."""
         K, B = self.K, len(chunks)
         within, past = torch.arange(K, device=chunks.device), torch.arange(self.size, device=chunks.device)
         new = position[:, None] * K + within                                  # (T, K): the new tokens' places in the text
@@ -207,10 +215,21 @@ class Lookup(nn.Module):
         known = torch.arange(text.shape[1], device=text.device) + K <= new[:, -1:]   # (T, n): the K tokens behind were read
         bias = torch.zeros(known.shape, device=text.device).masked_fill(~known, -math.inf)
         scores = torch.baddbmm(bias.expand(B, -1, -1), queries, keys.transpose(1, 2))                  # (B, T, n): sums of cosines
-        weights = torch.cat([self.nothing.expand(*scores.shape[:2], 1), scores], dim=-1).softmax(-1)[..., 1:]
+        weights = torch.cat([self.nothing.expand(*scores.shape[:2], 1), scores], dim=-1).softmax(-1)   # (B, T, 1 + n)
         value = self.value(text)                                              # (B, n, 64)
-        answer = [weights[..., :-k] @ value[:, k:] for k in range(1, K + 1)]  # (B, T, 64) each: of the token k places behind
-        return self.out_proj(torch.cat(answer, dim=-1))                       # (B, T, 64*K) -> (B, T, D)
+        answer = [weights[..., 1:-k] @ value[:, k:] for k in range(1, K + 1)]   # (B, T, 64) each: of the token k places behind
+        retrieved = self.retrieve(text, weights) if self.retrieved else None
+        return self.out_proj(torch.cat(answer, dim=-1)), retrieved            # (B, T, 64*K) -> (B, T, D)
+
+    def retrieve(self, text, weights):
+        """The K tokens behind R places -> (B, T, R, K). The places are quantiles of the weights (B, T, 1 + n), so that one
+        of the R drawn evenly is a place drawn by its weight, to within 1 / R. Nothing: K times the id V, which no token has."""
+        levels = (torch.arange(self.retrieved, device=text.device) + 0.5) / self.retrieved
+        cumulative = weights.detach().float().cumsum(-1)
+        place = torch.searchsorted(cumulative, levels.expand(*weights.shape[:2], -1).contiguous())[..., None]   # (B, T, R, 1)
+        behind = place + torch.arange(self.K, device=text.device)             # entry 0 is nothing, entry i place i - 1
+        tokens = text[torch.arange(len(text), device=text.device)[:, None, None, None], behind]
+        return tokens.masked_fill(place == 0, self.vocab_size)
 
 
 class Transformer(nn.Module):
@@ -226,9 +245,9 @@ class Transformer(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x, chunks, cache=None, position=None):
-        """x: read from `chunks` (B, T, K). With a cache, it goes on where the cache ends. `position`: where a single vector
-        stands, as a tensor (1,): the step then has the same shapes everywhere (what a CUDA graph needs), and it is the
-        caller who counts cache.length."""
+        """x: read from `chunks` (B, T, K) -> h, and what the lookup retrieved, or None. With a cache, it goes on where the
+        cache ends. `position`: where a single vector stands, as a tensor (1,): the step then has the same shapes everywhere
+        (what a CUDA graph needs), and it is the caller who counts cache.length."""
         if position is None:
             start = cache.length if cache is not None else 0
             end = start + x.shape[1]                                          # attend to positions 0 .. end - 1
@@ -240,11 +259,13 @@ class Transformer(nn.Module):
         else:
             end = self.block_size
         mask = None if cache is None else torch.arange(end, device=x.device) <= position[:, None]   # (T, end)
+        retrieved = None
         if self.lookup is not None:
-            x = x + self.lookup(chunks, position, end, cache)
+            answer, retrieved = self.lookup(chunks, position, end, cache)
+            x = x + answer
         for layer in self.layers:
             x = layer(x, self.cos[position], self.sin[position], cache, position, mask)
-        return self.norm(x)
+        return self.norm(x), retrieved
 
 
 # --- The energy head (section 3.2): h and noise -> z, in one step -----------------------------------------------------
@@ -283,21 +304,36 @@ class EnergyHead(nn.Module):
         self.final_layer = nn.Sequential(OrderedDict(
             in_ln=nn.LayerNorm(D, eps=1e-6),
             linears=nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, config.latent_dim))))
+        if config.retrieved:   # a departure: each sample has a hint, a chunk that the lookup retrieved
+            self.hint = nn.Embedding(config.vocab_size + 1, 64)               # the last one: of nothing
+            self.hint_in = nn.Linear(64 * config.chunk_size, D)
+            self.hint_out = nn.Linear(64 * config.chunk_size, config.latent_dim)
+            self.hint_gate = nn.Linear(D, 1)
         if config.brier_weight:   # a second, linear decoder, for training only: cheap enough to read every sample
             self.readout = nn.Linear(config.latent_dim, config.chunk_size * config.vocab_size)
 
     def start_at_zero(self):
-        nn.init.zeros_(self.final_layer.linears[2].weight)   # the first samples are zero, and so are their gradients into h
+        for last in (self.final_layer.linears[2], getattr(self, "hint_out", None)):
+            if last is not None:   # the first samples are zero, and so are their gradients into h
+                nn.init.zeros_(last.weight)
 
     def sample(self, h, n, noise=None, noise_scale=1.0):
-        """n samples given h (..., D) -> z (n, ..., L). `noise` (n, ..., n_noise): default U[-0.5, 0.5] * noise_scale."""
+        """n samples given h (..., D) -> z (n, ..., L). `noise` (n, ..., n_noise): default U[-0.5, 0.5] * noise_scale.
+        Behind h there may be what the lookup retrieved, (..., D + R*K): each sample draws one of the R, beside its noise."""
+        h, retrieved = h[..., :self.config.n_embd], h[..., self.config.n_embd:]
         if noise is None:
             noise = noise_scale * (torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5)
         x = self.norm_noise(self.noise_embd(noise))                           # (n, ..., D)
         c = self.norm_hidden(self.hidden_embd(h))                             # (..., D)
+        if retrieved.shape[-1]:
+            retrieved = retrieved.long().unflatten(-1, (-1, self.config.chunk_size))            # (..., R, K)
+            pick = torch.randint(retrieved.shape[-2], (n, *h.shape[:-1], 1, 1), device=h.device)
+            hint = self.hint(torch.take_along_dim(retrieved[None], pick, dim=-2)).flatten(-3)   # (n, ..., 64*K)
+            x = x + self.hint_in(hint)
         for block in self.mlp_blocks:
             x = block(x, c)
-        return self.final_layer(x)                                            # (n, ..., L)
+        z = self.final_layer(x)                                               # (n, ..., L)
+        return z + self.hint_gate(x).sigmoid() * self.hint_out(hint) if retrieved.shape[-1] else z
 
     def loss(self, h, mean, log_std, targets=None):
         """Energy loss of each position: h (P, D), posterior mean and log_std (P, L) of the chunk to come -> (P,).
@@ -637,13 +673,15 @@ class CALM(nn.Module):
         return x
 
     def hidden(self, tokens, cache=None, position=None):
-        """tokens (B, T*K) -> h (B, T, D): h_t has seen chunks up to and with t, and predicts chunk t+1."""
-        return self.transformer(self.inputs(tokens), tokens.unflatten(1, (-1, self.chunk_size)), cache, position)
+        """tokens (B, T*K) -> h (B, T, D): h_t has seen chunks up to and with t, and predicts chunk t+1. What the lookup
+        retrieved for the energy head stands behind it, (B, T, D + R*K)."""
+        h, retrieved = self.transformer(self.inputs(tokens), tokens.unflatten(1, (-1, self.chunk_size)), cache, position)
+        return h if retrieved is None else torch.cat([h, retrieved.flatten(-2).type_as(h)], dim=-1)
 
     def loss(self, tokens):
         """tokens (B, (T+1)*K): chunk t+1 from h_t, for T positions -> scalar, metrics."""
         K = self.chunk_size
-        h = self.hidden(tokens[:, :-K]).flatten(0, 1)                         # (P, D), P = B*T
+        h = self.hidden(tokens[:, :-K]).flatten(0, 1)                         # (P, D) or more, P = B*T
         targets = tokens[:, K:].reshape(-1, K)                                # (P, K)
         loss, metrics = 0.0, {}
         if self.part != "transformer":
@@ -652,7 +690,7 @@ class CALM(nn.Module):
             loss = self.head.loss(h, mean, log_std, targets).mean()
             metrics[self.config.head] = loss.detach()
         if self.part != "head" and self.config.aux_weight:
-            logits = self.aux(h).unflatten(-1, (K, -1)).float()               # (P, K, V)
+            logits = self.aux(h[:, :self.config.n_embd]).unflatten(-1, (K, -1)).float()               # (P, K, V)
             aux = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             loss, metrics["aux"] = loss + self.config.aux_weight * aux, aux.detach()
         return loss, {"loss": loss.detach(), **metrics}
@@ -697,7 +735,7 @@ class AR(nn.Module):
 
     def hidden(self, tokens, cache=None, position=None):
         """tokens (B, T) -> h (B, T, D)."""
-        return self.transformer(self.embed_tokens(tokens), tokens[..., None], cache, position)
+        return self.transformer(self.embed_tokens(tokens), tokens[..., None], cache, position)[0]
 
     def loss(self, tokens):
         """tokens (B, T+1): cross-entropy of token t+1 given the ones before, in nats -> scalar, metrics."""
@@ -810,7 +848,7 @@ def flops_per_token(config, autoencoder=None):
         forward = backbone + cost(model.lm_head, 1, c.n_embd)
         return {"train": 3 * forward, "inference": forward}
     ae, aux = flops_per_token(autoencoder), cost(model.aux, 1, c.n_embd) if c.aux_weight else 0
-    one, several = (cost(model.head.sample, 1, c.n_embd, n=n) / evals for n in (1, c.num_samples))   # of one evaluation
+    one, several = (cost(model.head.sample, 1, c.n_embd + c.retrieved * K, n=n) / evals for n in (1, c.num_samples))   # of one evaluation
     if hasattr(model.head, "readout"):   # it reads the N samples, and a true vector to learn from
         several += (c.num_samples + 1) * cost(model.head.readout, 1, c.latent_dim)
     return {"train": 3 * (backbone + several + aux) + ae["encode"], "inference": backbone + c.num_evals * one + ae["decode"],

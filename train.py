@@ -65,7 +65,7 @@ class TrainConfig:
 # Any flag given wins.
 PAPER = dict(chunk_size=4, latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
              ae_batch_size=2)
-SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, num_samples=4, aux_weight=0.5, embed_std=1.0, qk_norm=1.2, lookup=12,
+SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, num_samples=4, aux_weight=0.5, embed_std=1.0, qk_norm=1.2, lookup=12, retrieved=32,
              kernel_weight=4.0, brier_weight=1.0, head_init=1.0, transformer_share=0.55, optimizer="muon", lr=3e-3, warmup_steps=50,
              decay_frac=0.8, grad_accum=1, ae_n_embd=256, ae_n_ff=128, ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.8,
              ae_grad_accum=1)
@@ -87,7 +87,7 @@ PRESETS = {
 PREFIXED = {"n_embd", "n_ff", "n_layer", *(f.name for f in fields(TrainConfig))}   # the autoencoder's own: --ae_n_embd, ...
 SHARED = {"vocab_size", "chunk_size", "latent_dim"}                               # it must have CALM's
 OF_THE_HEAD = {"latent_dim", "n_head_layer", "n_noise", "num_samples", "num_targets", "alpha", "head", "num_evals",
-               "kernel_weight", "kernel_width", "brier_weight", "head_init"}   # the Transformer alone has not seen them
+               "kernel_weight", "kernel_width", "brier_weight", "head_init", "retrieved"}   # the Transformer alone has not seen them
 
 
 def flag(name, stage):
@@ -227,7 +227,7 @@ def make_optimizers(model, config, shard=False):
     keeps the state of, and updates, a share of the parameters; then they exchange them (ZeRO stage 1)."""
     matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
     muon = {name: p for name, p in matrices.items()
-            if config.optimizer == "muon" and not name.startswith(("embed_tokens.", "lm_head.", "aux.", "head.readout.",
+            if config.optimizer == "muon" and not name.startswith(("embed_tokens.", "lm_head.", "aux.", "head.readout.", "head.hint.",
                                                                    "encoder.embed_tokens.", "transformer.lookup.embed.",
                                                                    "transformer.lookup.value."))}
     groups = [dict(params=[p for name, p in matrices.items() if name not in muon], weight_decay=config.weight_decay),
@@ -457,7 +457,9 @@ def bench(args, world):
                 y.sum().backward()
         return median_seconds(both, device, args.bench) / step
 
-    h, log_std = torch.randn(P, c.n_embd, device=device).requires_grad_(), torch.zeros(P, c.latent_dim, device=device)
+    with autocast(device, world.dtype):
+        h = model.hidden(tokens[:, K:]).flatten(0, 1).detach().requires_grad_()
+    log_std = torch.zeros(P, c.latent_dim, device=device)
     x = torch.randn(c.num_samples, P, c.latent_dim, device=device).requires_grad_()
     shares = {"backbone": share(lambda: model.hidden(tokens[:, K:])), "head": share(lambda: model.head.sample(h, c.num_samples)),
               "energy_score": share(lambda: energy_score(x, half_of_targets(log_std, c.num_targets), c.alpha, True)),

@@ -41,8 +41,10 @@ def tiny_ar(vocab_size=V, seed=0, **options):
 
 
 def both():
-    return [pytest.param(partial(make, lookup=size), id=f"{make.__name__}, lookup {size}")
-            for make in (tiny_calm, tiny_ar) for size in (0, 5)]
+    makes = [partial(make, lookup=size) for make in (tiny_calm, tiny_ar) for size in (0, 5)]
+    makes.append(partial(tiny_calm, lookup=5, retrieved=7))
+    return [pytest.param(make, id=f"{make.func.__name__}, {', '.join(f'{k} {v}' for k, v in make.keywords.items())}")
+            for make in makes]
 
 
 # --- The energy score -------------------------------------------------------------------------------------------------
@@ -492,15 +494,55 @@ def test_no_position_sees_its_future(make):
 @pytest.mark.parametrize("period", [20, 21, 22])   # chunks of 4: the repetition falls on the same border, or on another
 def test_the_lookup_answers_with_what_followed_before(period):
     torch.manual_seed(0)
-    lookup, K = Lookup(CALMConfig(257, 4, n_embd=32, n_head=2, lookup=6), 4), 4
+    lookup, K = Lookup(CALMConfig(257, 4, n_embd=32, n_head=2, lookup=6, retrieved=8), 4), 4
     text = torch.randperm(257)[:period].repeat(2)[:40][None]                  # once, then (some of) it again
-    answer = lookup(text.view(1, 10, K), torch.arange(10), 10)
+    answer, retrieved = lookup(text.view(1, 10, K), torch.arange(10), 10)
     again = [t for t in range(9) if (t + 1) * K >= period + 6]                # the last 6 tokens have been there before
     truth = lookup.out_proj(lookup.value(text.view(1, 10, K)).flatten(2))   # of each chunk
     assert len(again) >= 2
     torch.testing.assert_close(answer[:, again], truth[:, [t + 1 for t in again]], rtol=0.1, atol=0.1)
     never = [t for t in range(9) if (t + 1) * K <= period]
     assert answer[:, never].norm(dim=-1).max() < 0.2 * answer[:, again].norm(dim=-1).min()
+    following = text.view(10, 1, K)[[t + 1 for t in again]]                   # (again, 1, K)
+    assert (retrieved[0, again] == following).all(-1).float().mean() > 0.9
+    assert (retrieved[0, never] == 257).float().mean() > 0.9                  # nothing
+
+
+def test_what_is_retrieved_has_the_distribution_of_the_weights():
+    torch.manual_seed(0)
+    lookup = Lookup(CALMConfig(257, 3, n_embd=32, n_head=2, lookup=6, retrieved=50), 3)
+    text = torch.randperm(257)[:60].repeat(2, 1)
+    scores = 4 * torch.randn(2, 5, 58)
+    scores[..., 0] = 8                                                        # of nothing
+    weights = F.pad(scores.softmax(-1), (0, 3))                               # behind the last 3 tokens are no 3
+    weights[:, 2] = F.one_hot(torch.tensor(7), 61)                            # a single place, the one after token 6
+    retrieved = lookup.retrieve(text, weights)                                # (2, 5, 50, 3)
+    share = (retrieved[..., None, 0] == F.pad(text, (0, 1), value=257)[:, None, None]).float().mean(2)   # (2, 5, 61): of each chunk
+    expected = torch.cat([torch.zeros(2, 5, 1), weights[..., 1:-1], weights[..., :1]], dim=-1)
+    assert (share - expected).abs().max() <= 1 / 50 + 1e-6
+    assert torch.equal(retrieved[0, 2], text[0, 7:10].expand(50, 3))
+    nothing = (retrieved == 257).any(-1)
+    assert nothing.any() and torch.equal(nothing, (retrieved == 257).all(-1))
+
+
+def test_a_sample_draws_one_of_the_retrieved_chunks():
+    """A head that hands its hint on: its samples are the retrieved chunks' vectors, each as often as it was retrieved."""
+    head, chunks = tiny_calm(lookup=5, retrieved=4).head, torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [5, 6, 7, 8], [V] * 4])
+    with torch.no_grad():
+        head.final_layer.linears[2].weight.zero_()
+        head.final_layer.linears[2].bias.zero_()
+        head.hint_gate.bias.fill_(100)
+        known = head.hint_out(head.hint(chunks[[0, 1, 3]]).flatten(-2))       # (3, L)
+        h = torch.cat([torch.randn(3, 32), chunks.flatten().expand(3, -1).float()], dim=-1)
+        z = head.sample(h, 4000)                                              # (4000, 3, L)
+        which = (z[..., None, :] - known).norm(dim=-1) < 1e-3                 # (4000, 3, 3)
+        assert (which.sum(-1) == 1).all()
+        assert (which.float().mean(0) - torch.tensor([0.25, 0.5, 0.25])).abs().max() < 5 * (0.25 / 4000) ** 0.5
+
+
+def test_only_an_energy_head_with_a_lookup_retrieves():
+    assert CALMConfig(lookup=4, retrieved=8).retrieved == 8
+    assert CALMConfig(retrieved=8).retrieved == CALMConfig(lookup=4, retrieved=8, head="flow").retrieved == 0
 
 
 def test_the_frozen_autoencoder_gets_no_gradient_and_stays_in_eval_mode():
