@@ -70,8 +70,8 @@ SMALL = dict(chunk_size=4, latent_dim=32, num_samples=4, aux_weight=0.5, embed_s
              decay_frac=0.8, grad_accum=1, ae_n_embd=256, ae_n_ff=128, ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.8,
              ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, n_layer=3, n_embd=192, n_head=3, n_ff=512, n_head_layer=1, block_size=255, max_steps=7070,
-                 batch_size=2, head_batch_size=1, transformer_share=0.368, ae_n_embd=192, ae_n_ff=96, ae_lr=6e-3,
+    "nano": dict(SMALL, n_layer=3, n_embd=192, n_head=3, n_ff=512, n_head_layer=1, block_size=255, max_steps=6758,
+                 batch_size=2, head_batch_size=1, transformer_share=0.385, ae_n_embd=192, ae_n_ff=96, ae_lr=6e-3,
                  ae_batch_size=4, ae_max_steps=350),
     "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=10_000,
                  batch_size=32, ae_max_steps=2000, ae_batch_size=16),
