@@ -14,7 +14,7 @@ A training step in five lines:
     the two sets of samples -> loss                      (energy_score)
 
 Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, L latent size, N head samples,
-M target samples, P positions (B and T flattened). tokens (B, T*K), h (B, T, D), z (..., L).
+M target samples, R retrieved chunks, P positions (B and T flattened). tokens (B, T*K), h (B, T, D), z (..., L).
 """
 import math
 import re
@@ -305,9 +305,9 @@ class EnergyHead(nn.Module):
             in_ln=nn.LayerNorm(D, eps=1e-6),
             linears=nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, config.latent_dim))))
         if config.retrieved:   # a departure: each sample has a hint, a chunk that the lookup retrieved
-            self.hint = nn.Embedding(config.vocab_size + 1, 64)               # the last one: of nothing
-            self.hint_in = nn.Linear(64 * config.chunk_size, D)
-            self.hint_out = nn.Linear(64 * config.chunk_size, config.latent_dim)
+            self.hint = nn.Embedding(config.vocab_size + 1, 32)               # the last one: of nothing
+            self.hint_in = nn.Linear(32 * config.chunk_size, D)
+            self.hint_out = nn.Linear(32 * config.chunk_size, config.latent_dim)
             self.hint_gate = nn.Linear(D, 1)
         if config.brier_weight:   # a second, linear decoder, for training only: cheap enough to read every sample
             self.readout = nn.Linear(config.latent_dim, config.chunk_size * config.vocab_size)
@@ -328,7 +328,7 @@ class EnergyHead(nn.Module):
         if retrieved.shape[-1]:
             retrieved = retrieved.long().unflatten(-1, (-1, self.config.chunk_size))            # (..., R, K)
             pick = torch.randint(retrieved.shape[-2], (n, *h.shape[:-1], 1, 1), device=h.device)
-            hint = self.hint(torch.take_along_dim(retrieved[None], pick, dim=-2)).flatten(-3)   # (n, ..., 64*K)
+            hint = self.hint(torch.take_along_dim(retrieved[None], pick, dim=-2)).flatten(-3)   # (n, ..., 32*K)
             x = x + self.hint_in(hint)
         for block in self.mlp_blocks:
             x = block(x, c)
@@ -676,7 +676,7 @@ class CALM(nn.Module):
         """tokens (B, T*K) -> h (B, T, D): h_t has seen chunks up to and with t, and predicts chunk t+1. What the lookup
         retrieved for the energy head stands behind it, (B, T, D + R*K)."""
         h, retrieved = self.transformer(self.inputs(tokens), tokens.unflatten(1, (-1, self.chunk_size)), cache, position)
-        return h if retrieved is None else torch.cat([h, retrieved.flatten(-2).type_as(h)], dim=-1)
+        return h if retrieved is None else torch.cat([h, retrieved.flatten(-2).float()], dim=-1)   # float32: ids stay exact
 
     def loss(self, tokens):
         """tokens (B, (T+1)*K): chunk t+1 from h_t, for T positions -> scalar, metrics."""
@@ -690,7 +690,7 @@ class CALM(nn.Module):
             loss = self.head.loss(h, mean, log_std, targets).mean()
             metrics[self.config.head] = loss.detach()
         if self.part != "head" and self.config.aux_weight:
-            logits = self.aux(h[:, :self.config.n_embd]).unflatten(-1, (K, -1)).float()               # (P, K, V)
+            logits = self.aux(h[:, :self.config.n_embd]).unflatten(-1, (K, -1)).float()   # (P, K, V)
             aux = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             loss, metrics["aux"] = loss + self.config.aux_weight * aux, aux.detach()
         return loss, {"loss": loss.detach(), **metrics}
@@ -848,7 +848,8 @@ def flops_per_token(config, autoencoder=None):
         forward = backbone + cost(model.lm_head, 1, c.n_embd)
         return {"train": 3 * forward, "inference": forward}
     ae, aux = flops_per_token(autoencoder), cost(model.aux, 1, c.n_embd) if c.aux_weight else 0
-    one, several = (cost(model.head.sample, 1, c.n_embd + c.retrieved * K, n=n) / evals for n in (1, c.num_samples))   # of one evaluation
+    width = c.n_embd + c.retrieved * K                                        # of h, with what was retrieved
+    one, several = (cost(model.head.sample, 1, width, n=n) / evals for n in (1, c.num_samples))   # of one evaluation
     if hasattr(model.head, "readout"):   # it reads the N samples, and a true vector to learn from
         several += (c.num_samples + 1) * cost(model.head.readout, 1, c.latent_dim)
     return {"train": 3 * (backbone + several + aux) + ae["encode"], "inference": backbone + c.num_evals * one + ae["decode"],

@@ -65,14 +65,13 @@ class TrainConfig:
 # Any flag given wins.
 PAPER = dict(chunk_size=4, latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
              ae_batch_size=2)
-SMALL = dict(chunk_size=4, latent_dim=32, num_samples=4, aux_weight=0.5, embed_std=1.0, qk_norm=1.2, lookup=12,
-             retrieved=32, brier_weight=1.0, head_init=1.0, transformer_share=0.55, optimizer="muon", lr=3e-3, warmup_steps=50,
-             decay_frac=0.8, grad_accum=1, ae_n_embd=256, ae_n_ff=128, ae_lr=3e-3, ae_warmup_steps=50, ae_decay_frac=0.8,
-             ae_grad_accum=1)
+SMALL = dict(chunk_size=4, latent_dim=32, alpha=0.5, num_samples=4, aux_weight=0.5, embed_std=1.0, qk_norm=1.2, lookup=12,
+             retrieved=32, kernel_weight=4.0, brier_weight=1.0, head_init=1.0, transformer_share=0.55, optimizer="muon", lr=3e-3,
+             warmup_steps=50, decay_frac=0.8, grad_accum=1, ae_n_embd=256, ae_n_ff=128, ae_lr=3e-3, ae_warmup_steps=50,
+             ae_decay_frac=0.8, ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, n_layer=3, n_embd=192, n_head=3, n_ff=512, n_head_layer=1, block_size=255, max_steps=6758,
-                 batch_size=2, head_batch_size=1, transformer_share=0.385, ae_n_embd=192, ae_n_ff=96, ae_lr=6e-3,
-                 ae_batch_size=4, ae_max_steps=350),
+    "nano": dict(SMALL, chunk_size=3, latent_dim=24, n_layer=3, n_embd=192, n_head=3, n_ff=512, n_head_layer=1, block_size=340,
+                 max_steps=3859, batch_size=2, ae_n_embd=192, ae_n_ff=64, ae_lr=6e-3, ae_batch_size=4, ae_max_steps=300),
     "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256, max_steps=10_000,
                  batch_size=32, ae_max_steps=2000, ae_batch_size=16),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
@@ -134,8 +133,6 @@ def parse_args(argv):
     add_flags(training, TrainConfig)
     training.add_argument("--transformer_share", type=within(0, 1, float), default=0.0, help="departure: share of CALM's steps in "
                           "which its Transformer learns, from the auxiliary loss alone; then its head does (0: both at once)")
-    training.add_argument("--head_batch_size", type=within(0), default=0, help="departure: batch_size of the steps in which the "
-                          "head alone learns (0: the same)")
     add_flags(parser.add_argument_group("model (the baseline takes what it has; its context is the same text, block_size * K "
                                         "tokens)"), CALMConfig, skip={"vocab_size"})
     stage1 = parser.add_argument_group("autoencoder")
@@ -356,8 +353,6 @@ def train_stage(stage, model, args, data, world, cost, first=0, steps=None, **ex
     there is one -> its last step, training FLOPs so far. What is finished stays as it is, unless it is what was asked for.
     cost: training FLOPs a token; extra: what else belongs in the checkpoint."""
     checkpoint, config = open_stage(stage, model, args, data), config_of(TrainConfig, args, stage)
-    if first and args.head_batch_size:
-        config = replace(config, batch_size=args.head_batch_size)
     if checkpoint and checkpoint["done"] and stage != args.model:
         return checkpoint["step"], checkpoint["flops"]
     steps, count = steps or config.max_steps, math.ceil(config.grad_accum / world.size)   # micro-batches of each process
@@ -573,8 +568,7 @@ def main():
         extra = {"autoencoder_config": checkpoint["config"], "flops": checkpoint["flops"]}
         model = CALM(config_of(CALMConfig, args, "calm", vocab_size=vocab_size), load_autoencoder(checkpoint))
         costs = flops_per_token(model.config, model.autoencoder.config)
-        head_batch = (args.head_batch_size or args.batch_size) / args.batch_size
-        cost = share * costs["transformer"] + (1 - share) * head_batch * costs["head"] if share else costs["train"]   # a mean step's
+        cost = share * costs["transformer"] + (1 - share) * costs["head"] if share else costs["train"]   # the mean of a step
     else:
         model = AR(config_of(ARConfig, args, "ar", vocab_size=vocab_size, block_size=args.block_size * args.chunk_size))
         cost = flops_per_token(model.config)["train"]

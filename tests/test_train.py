@@ -25,7 +25,7 @@ from calm import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """--device cpu --dtype float32 --compile off --chunk_size 4 --latent_dim 32 --n_embd 64 --n_ff 128 --n_layer 2 --n_head 4
-          --n_head_layer 1 --block_size 16 --num_targets 20 --ae_n_embd 128 --ae_n_ff 256 --batch_size 8 --head_batch_size 8
+          --n_head_layer 1 --block_size 16 --num_targets 20 --ae_n_embd 128 --ae_n_ff 256 --batch_size 8
           --ae_batch_size 16 --log_interval 5""".split()
 SHORT = [*TINY, "--ae_max_steps", "15", "--max_steps", "15", "--eval_interval", "10"]
 
@@ -146,11 +146,11 @@ def test_every_precision_trains_to_the_same_loss(foxes, tmp_path, run):
 
 
 def test_runs_get_the_training_flops_of_the_run_they_are_matched_to(foxes, tmp_path, run):
-    """The baseline, and CALM with another K, whose own autoencoder counts, and whose head learns on smaller batches."""
+    """The baseline, and CALM with another K, whose own autoencoder counts."""
     out, other = tmp_path / "out", tmp_path / "k2"
     assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--max_steps", 40).code == 0
     assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "ar", "--match_flops", out).code == 0
-    assert run(train, "--data", foxes, "--out_dir", other, *SHORT, "--chunk_size", 2, "--head_batch_size", 2, "--match_flops", out).code == 0
+    assert run(train, "--data", foxes, "--out_dir", other, *SHORT, "--chunk_size", 2, "--match_flops", out).code == 0
     calm, ar, k2 = (load_checkpoint(path) for path in (out / "calm.pt", out / "ar.pt", other / "calm.pt"))
     assert load_checkpoint(other / "autoencoder.pt")["flops"] > 0 and k2["step"] > 15
     assert ar["flops"] == pytest.approx(calm["flops"], rel=0.05) and k2["flops"] == pytest.approx(calm["flops"], rel=0.05)
@@ -205,8 +205,7 @@ def test_the_frontier_falls_from_accuracy_and_collision_at_one_to_certainty(mode
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, share, step, number, foxes, tmp_path, run, monkeypatch):
     """Broken off in the seventh step of each stage; of CALM all at once, and of its Transformer before its head."""
-    flags = ["--data", foxes, *SHORT, "--model", model, "--optimizer", "muon", "--transformer_share", share,
-             "--head_batch_size", 4]
+    flags = ["--data", foxes, *SHORT, "--model", model, "--optimizer", "muon", "--transformer_share", share]
     assert run(train, *flags, "--out_dir", tmp_path / "whole").code == 0
     plain = train.make_optimizers
 
@@ -588,7 +587,6 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "negative auxiliary weight": (train, ["--aux_weight", "-1"], "new", "--aux_weight must be a number from 0 on"),
     "a Transformer with nothing to learn from": (train, ["--transformer_share", "0.5", "--aux_weight", "0"], "new",
                                                  "needs an --aux_weight above 0"),
-    "negative head batch": (train, ["--head_batch_size", "-1"], "new", "--head_batch_size"),
     "negative lookup": (train, ["--lookup", "-1"], "new", "--lookup must be at least 0, not -1"),
     "negative scale of queries": (train, ["--qk_norm", "-1"], "new", "--qk_norm must be a number from 0 on"),
     "a figure of nothing": (eval_brier, ["--plot", "curves.svg", "nowhere"], "out", "nowhere/log.jsonl is not the log of a run"),
