@@ -529,9 +529,10 @@ def test_a_sample_draws_one_of_the_retrieved_chunks():
     """A head that hands its hint on: its samples are the retrieved chunks' vectors, each as often as it was retrieved."""
     head, chunks = tiny_calm(lookup=5, retrieved=4).head, torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [5, 6, 7, 8], [V] * 4])
     with torch.no_grad():
-        head.final_layer.linears[2].weight.zero_()
-        head.final_layer.linears[2].bias.zero_()
-        head.hint_gate.bias.fill_(100)
+        for layer in (head.final_layer.linears[2], head.hint_gate):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        head.hint_gate.bias.fill_(100)                                        # wide open
         known = head.hint_out(head.hint(chunks[[0, 1, 3]]).flatten(-2))       # (3, L)
         h = torch.cat([torch.randn(3, 32), chunks.flatten().expand(3, -1).float()], dim=-1)
         z = head.sample(h, 4000)                                              # (4000, 3, L)
