@@ -4,7 +4,7 @@ CALM: a language model that predicts the next vector in place of the next token 
 Read from top to bottom: the Transformer, with a lookup; the energy head and its loss; two heads that take many steps;
 temperature from samples alone; the two models (CALM and its token-by-token baseline AR); generation; what it costs in FLOPs;
 loading a checkpoint, and the weights that the authors published (layers have the names of theirs). A first reading may skip
-the lookup, the two slow heads, and all after generation.
+the lookup and the head's hints, the two slow heads, and all after generation.
 
 A training step in five lines:
     chunks of K tokens      -> one input vector each     (CALM.inputs)
@@ -227,7 +227,8 @@ class Lookup(nn.Module):
         levels = (torch.arange(self.retrieved, device=text.device) + 0.5) / self.retrieved
         cumulative = weights.detach().float().cumsum(-1)
         place = torch.searchsorted(cumulative, levels.expand(*weights.shape[:2], -1).contiguous())[..., None]   # (B, T, R, 1)
-        behind = place + torch.arange(self.K, device=text.device)             # entry 0 is nothing, entry i place i - 1
+        # Weight 0 is that of nothing, weight i that of place i - 1: behind it stand the tokens i to i + K - 1.
+        behind = place + torch.arange(self.K, device=text.device)             # (B, T, R, K)
         tokens = text[torch.arange(len(text), device=text.device)[:, None, None, None], behind]
         return tokens.masked_fill(place == 0, self.vocab_size)
 
@@ -333,7 +334,9 @@ class EnergyHead(nn.Module):
         for block in self.mlp_blocks:
             x = block(x, c)
         z = self.final_layer(x)                                               # (n, ..., L)
-        return z + self.hint_gate(x).sigmoid() * self.hint_out(hint) if retrieved.shape[-1] else z
+        if retrieved.shape[-1]:
+            z = z + self.hint_gate(x).sigmoid() * self.hint_out(hint)         # how far to follow the hint: (n, ..., 1)
+        return z
 
     def loss(self, h, mean, log_std, targets=None):
         """Energy loss of each position: h (P, D), posterior mean and log_std (P, L) of the chunk to come -> (P,).
@@ -681,7 +684,7 @@ class CALM(nn.Module):
     def loss(self, tokens):
         """tokens (B, (T+1)*K): chunk t+1 from h_t, for T positions -> scalar, metrics."""
         K = self.chunk_size
-        h = self.hidden(tokens[:, :-K]).flatten(0, 1)                         # (P, D) or more, P = B*T
+        h = self.hidden(tokens[:, :-K]).flatten(0, 1)                         # (P, D), or with hints (P, D + R*K); P = B*T
         targets = tokens[:, K:].reshape(-1, K)                                # (P, K)
         loss, metrics = 0.0, {}
         if self.part != "transformer":
