@@ -2,140 +2,179 @@
 Text from a checkpoint.
 
     python sample.py --start "def main(" --temperature 0.5
-    python sample.py --temperature 0.7 --sampler exact
-    python sample.py --model ar --num_samples 3 --seed 1
-    python sample.py --start FILE:notes.txt --max_new_tokens 1000
-    git diff | python sample.py --start -
+    python sample.py --chunks                                  # where does one chunk end, and the next begin?
+    python sample.py --model ar --num_texts 3 --temperature 0.7
+    git diff | python sample.py --start - --max_new_tokens 1000
     python sample.py --official CALM-M --tokenizer tokenizer.model --start "The history of"
 """
 import codecs
+import math
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from autoencoder import autocast, load_tokenizer, select_device, select_dtype
-from calm import check_vocabulary, expected_calls, load_model, load_official, pad_front, stream
+from calm import KVCache, load_model, load_official, temperature_exact
+from data.checkpoint import autocast, load_tokenizer, select_device, select_dtype
 from data.prepare import Parser, encode, eot_token, fail, get_tokenizer, within
 
-
-def read_start(start):
-    """--start TEXT | FILE:path | -  ->  bytes"""
-    if start == "-":
-        return sys.stdin.buffer.read()
-    if start.startswith("FILE:"):
-        path = Path(start[5:])
-        if not path.is_file():
-            fail(f"no file {path} to start from: --start takes TEXT, FILE:path or -")
-        return path.read_bytes()
-    return start.encode("utf-8", "surrogateescape")
-
-
-def until_eot(tokens, eot):
-    return tokens[:tokens.index(eot)] if eot in tokens else tokens
-
-
-def decode(tokenizer, tokens):
-    """ids -> bytes, without the [PAD] of a published model, which is in no tokenizer."""
-    return tokenizer.decode_bytes([t for t in tokens if t < tokenizer.n_vocab])
-
+def pad_front(prompt, chunk_size, eot):
+    """Prompt (B, P) -> (B, P') with P' a positive multiple of K: end-of-text in front, as before any
+    document, so that the chunk border falls at the prompt's end. (The authors pad inside the text.)"""
+    padding = -prompt.shape[1] % chunk_size if prompt.shape[1] else chunk_size
+    if padding and eot is None:
+        raise ValueError("a prompt that does not fill its last chunk needs eot, the id to pad with")
+    return F.pad(prompt, (padding, 0), value=eot) if padding else prompt
 
 @torch.inference_mode()
-def choose_sampler(model, prompt, args):
-    """The arguments of `CALM.draw` that the flags ask for; not exact sampling where the first chunk alone would take too long."""
-    sampling = dict(num_candidates=args.num_candidates, noise_scale=args.noise_scale)
-    if args.sampler == "batch" or args.temperature == 1:
-        return sampling
-    samples = model.sample_chunks(model.hidden(prompt)[:, -1], 1000, args.noise_scale)
-    expected = expected_calls(samples, args.temperature).item()
-    if expected > args.max_calls:
-        print(f"[exact sampling of the first chunk would take about {expected:,.0f} calls or more, and --max_calls is "
-              f"{args.max_calls:,}: using --sampler batch]", file=sys.stderr)
-        return sampling
-    return sampling | dict(sampler="exact", max_calls=args.max_calls, calls=[])
+def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling):
+    """Continue prompt (B, P) of any length, P = 0 included; yields tokens (B, K) as they are drawn.
+    After a sequence's first end-of-text it yields only that; when all have ended it stops. A text longer than
+    the context goes on with the last half of it, encoded anew. sampling: other arguments of `CALM.draw`."""
+    if not 0 < temperature <= 1:
+        raise ValueError(f"temperature must be in (0, 1], not {temperature}")
+    if temperature < 1 and sampling.get("num_candidates", math.inf) < 1 / temperature:
+        raise ValueError(f"num_candidates {sampling['num_candidates']} is below 1/T = {1 / temperature:.1f}")
+    K, context = model.chunk_size, model.config.block_size
+    cache, text = KVCache(context), pad_front(prompt, K, eot)
+    unread, ended = text, torch.zeros(len(text), dtype=torch.bool, device=text.device)
+    for made in range(0, max_new_tokens, K):
+        if cache.length == context:
+            cache.length, unread = 0, text[:, -max(context // 2, 1) * K:]
+        h = model.hidden(unread, cache)                                    # (B, T, D)
+        new = unread = model.draw(h[:, -1], temperature, **sampling)[0]    # (B, K)
+        if eot is not None:
+            is_eot = new == eot
+            after = ended[:, None] | (is_eot.cumsum(1) - is_eot.long() > 0)   # behind the first end-of-text
+            new, ended = new.masked_fill(after, eot), ended | is_eot.any(1)
+        yield new
+        if eot is not None and ended.all():
+            return
+        text = torch.cat([text, new], dim=1)
 
+def generate(model, prompt, max_new_tokens, *args, **kwargs):
+    """Prompt (B, P) -> tokens (B, P + new): the prompt and up to max_new_tokens more. See `stream`."""
+    new = list(stream(model, prompt, max_new_tokens, *args, **kwargs))
+    return torch.cat([prompt, *new], dim=1)[:, :prompt.shape[1] + max_new_tokens]
+
+def continue_text(model, data, device, dtype, seed, new_tokens=300):
+    """Print a piece of held-out text, and what the model makes of its beginning at T = 1 and at T = 1/2."""
+    context = model.config.block_size * model.chunk_size
+    prompt = data.batch("val", data.even_offsets("val", 2, context)[-1:], max(context // 4, 1)).to(device)
+    texts = {"held-out text": prompt[0]}
+    for temperature in (1.0, 0.5):
+        torch.manual_seed(seed)
+        with autocast(device, dtype):
+            text = generate(model, prompt, new_tokens, temperature, eot_token(data.tokenizer))
+        texts[f"continued by the model at T = {temperature:g}"] = text[0, prompt.shape[1]:]
+    for title, tokens in texts.items():
+        print(f"--- {title} {'-' * (75 - len(title))}\n{show(data.tokenizer, tokens.tolist())}")
+    print("-" * 80)
+
+def show(tokenizer, tokens):
+    """ids -> str, without the [PAD] of a published model, which is in no tokenizer."""
+    return tokenizer.decode_bytes([t for t in tokens if t < tokenizer.n_vocab]).decode("utf-8", "replace")
+
+def add_model_flags(add):
+    """The flags of a script that loads a model."""
+    add("--out_dir", default="out/stdlib", help="the run's folder")
+    add("--model", default="calm", choices=("calm", "ar"), help="which of its models")
+    add("--official", metavar="DIR", help="a model that the authors published, in place of a run")
+    add("--num_evals", type=within(1, 1000), help="of a flow or diffusion head: evaluations a sample")
+    add("--seed", type=within(0), default=0, help="of the samples: the same seed, the same text")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
+
+def load(args):
+    """-> model, its checkpoint (of a published model None), device, dtype."""
+    device = select_device(args.device)
+    dtype = select_dtype(args.dtype, device)
+    if args.official and args.model == "ar":
+        fail("--official names a CALM: drop --model ar")
+    if args.official:
+        model, checkpoint = load_official(args.official, device, dtype), None
+    else:
+        model, checkpoint = load_model(args.out_dir, args.model, device, dtype)
+    if args.num_evals:
+        model.config.num_evals = args.num_evals
+    return model, checkpoint, device, dtype
+
+def check_vocabulary(model, tokenizer):
+    """A published model has one id more than its tokenizer: [PAD]."""
+    V = model.config.vocab_size
+    if V - tokenizer.n_vocab not in (0, 1):
+        fail(f"the model has a vocabulary of {V:,}, {tokenizer.name} one of {tokenizer.n_vocab:,}")
 
 def write(model, tokenizer, prompt, eot, args, sampling):
     """Draw the texts, one a row of the prompt; the first one streams, the others follow when all are done."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")   # a character may end in the next chunk
-    show = lambda data, final=False: print(decoder.decode(data, final), end="", flush=True)
-    start = until_eot(prompt[0].tolist(), eot)
+    def until_eot(tokens):
+        return tokens[:tokens.index(eot)] if eot in tokens else tokens
+
+    def mark(text, number):
+        """Show where a chunk begins: two colours in turn in a terminal, a bar elsewhere."""
+        if not args.chunks or not text:
+            return text
+        return f"\033[{33 + 3 * (number % 2)}m{text}\033[0m" if sys.stdout.isatty() else f"|{text}"
+
     texts, began = [[] for _ in prompt], time.time()
-    show(decode(tokenizer, start))
-    for new in stream(model, prompt, args.max_new_tokens, args.temperature, eot, compiled=args.compile, **sampling):
-        shown = len(until_eot(texts[0], eot))
+    start = show(tokenizer, until_eot(prompt[0].tolist()))
+    print(start, end="", flush=True)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")   # a character may end in the next chunk
+    sampling = dict(temperature=args.temperature, eot=eot, **sampling)
+    for number, new in enumerate(stream(model, prompt, args.max_new_tokens, **sampling)):
+        shown = len(until_eot(texts[0]))
         for text, tokens in zip(texts, new.tolist()):
             text += tokens[:args.max_new_tokens - len(text)]
-        show(decode(tokenizer, until_eot(texts[0], eot)[shown:]))
-    show(b"", final=True)
-    seconds = time.time() - began
-    texts = [until_eot(text, eot) for text in texts]
+        added = [t for t in until_eot(texts[0])[shown:] if t < tokenizer.n_vocab]
+        print(mark(decoder.decode(tokenizer.decode_bytes(added)), number), end="", flush=True)
+    print(decoder.decode(b"", final=True), end="")
+    seconds, texts, K = time.time() - began, [until_eot(text) for text in texts], model.chunk_size
     for text in texts[1:]:
-        print("\n" + "-" * 80 + "\n" + decode(tokenizer, start + text).decode("utf-8", "replace"), end="")
+        parts = [mark(show(tokenizer, text[i:i + K]), i // K) for i in range(0, len(text), K)]
+        print(f"\n{'-' * 80}\n{start}{''.join(parts) if args.chunks else show(tokenizer, text)}", end="")
     total = sum(map(len, texts))
     print(f"\n[{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s]", file=sys.stderr)
 
-
 def main():
     parser = Parser(description="Write text with a trained model.")
-    parser.add_argument("--out_dir", default="out/stdlib", help="the run's folder")
-    parser.add_argument("--model", default="calm", choices=("calm", "ar"), help="which of its models")
-    parser.add_argument("--official", metavar="DIR", help="a model that the authors published, in place of a run")
-    parser.add_argument("--tokenizer", help="of --official: Llama 3's tiktoken-format file; None: DIR/tokenizer.model")
-    parser.add_argument("--start", default="", help="the prompt: TEXT, FILE:path, or - for stdin; empty starts a document")
-    parser.add_argument("--num_samples", type=within(1), default=1, help="texts, drawn as one batch")
-    parser.add_argument("--max_new_tokens", type=within(1), default=500, help="tokens a text, if no end-of-text comes first")
-    parser.add_argument("--temperature", type=float, default=1.0, help="in (0, 1]")
-    parser.add_argument("--sampler", default="batch", choices=("batch", "exact"),
-                        help="at a temperature below 1: Algorithm 2, which is fast, or Algorithm 1, which is exact")
-    parser.add_argument("--num_candidates", type=within(1), default=200, help="of batch: candidate chunks, at least 1/T")
-    parser.add_argument("--max_calls", type=within(1), default=10_000, help="of exact: samples a chunk, then batch takes over")
-    parser.add_argument("--noise_scale", type=within(0, 1, float), default=1.0, help="of the head's noise: a heuristic for a temperature")
-    parser.add_argument("--num_evals", type=within(1), help="of a flow or diffusion head: evaluations a sample")
-    parser.add_argument("--seed", type=within(0), default=0, help="same seed, same text")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
-    parser.add_argument("--compile", action="store_true", help="compile the step: a minute's wait, then faster on CUDA")
+    add = parser.add_argument
+    add_model_flags(add)
+    add("--tokenizer", help="of --official: Llama 3's tiktoken-format file; None: DIR/tokenizer.model")
+    add("--start", default="", help="the prompt, or - for stdin; empty starts a document")
+    add("--num_texts", type=within(1), default=1, help="texts, drawn as one batch")
+    add("--max_new_tokens", type=within(1), default=500, help="tokens a text, if no end-of-text comes first")
+    add("--chunks", action="store_true", help="show the chunks: two colours, or a bar between them")
+    add("--temperature", type=float, default=1.0, help="in (0, 1]")
+    add("--sampler", default="batch", choices=("batch", "exact"), help="Algorithm 2 (fast) or 1 (exact)")
+    add("--num_candidates", type=within(1), default=200, help="of batch: candidate chunks, at least 1/T")
+    add("--max_calls", type=within(1), default=10_000, help="of exact: calls a chunk, then batch takes over")
     args = parser.parse_args()
-    if not 0 < args.temperature <= 1:
-        fail(f"--temperature must be in (0, 1], not {args.temperature}")
-    if args.model == "calm" and args.temperature < 1 and args.num_candidates < 1 / args.temperature:
-        fail(f"--num_candidates {args.num_candidates} is below 1/T = {1 / args.temperature:.1f}: raise it or --temperature")
-    if args.official and args.model == "ar":
-        fail("--official names a CALM: drop --model ar")
-    if args.sampler == "exact" and args.compile:
-        fail("--sampler exact takes as many steps as it takes, which --compile cannot: drop one of the two")
-
-    device = select_device(args.device)
-    dtype = select_dtype(args.dtype, device)
-    changes = {"num_evals": args.num_evals} if args.num_evals else {}
+    model, checkpoint, device, dtype = load(args)
     if args.official:
-        model = load_official(args.official, device, dtype, **changes)
         tokenizer = get_tokenizer(args.tokenizer or str(Path(args.official) / "tokenizer.model"))
         check_vocabulary(model, tokenizer)
     else:
-        model, checkpoint = load_model(args.out_dir, args.model, device, dtype, **changes)
         tokenizer = load_tokenizer(checkpoint)
     eot = eot_token(tokenizer)
-    ids = encode(tokenizer, read_start(args.start), "the prompt")
+    start = sys.stdin.buffer.read() if args.start == "-" else args.start.encode("utf-8", "surrogateescape")
+    ids = encode(tokenizer, start, "the prompt")
     context = model.config.block_size * model.chunk_size
     if len(ids) > context:
-        fail(f"the prompt has {len(ids)} tokens, but the context is {context}: shorten --start")
-    prompt = torch.tensor([ids or [eot]] * args.num_samples, device=device)   # an empty one: where a document begins
-
+        print(f"[a prompt of {len(ids):,} tokens: going on from its last {context:,}]", file=sys.stderr)
+    prompt = torch.tensor([ids[-context:] or [eot]] * args.num_texts, device=device)   # empty: a new document
+    sampling = {"num_candidates": args.num_candidates}
+    if args.sampler == "exact":
+        sampling = {"exact": partial(temperature_exact, max_calls=args.max_calls)}
     torch.manual_seed(args.seed)
-    sampling = {}
-    with autocast(device, dtype):
-        if args.model == "calm":
-            sampling = choose_sampler(model, pad_front(prompt[:1], model.chunk_size, eot), args)
-        write(model, tokenizer, prompt, eot, args, sampling)
-    if sampling.get("calls"):
-        calls = torch.stack(sampling["calls"])
-        print(f"[exact sampling: {calls.double().mean():,.0f} calls a chunk; {int((calls > args.max_calls).sum())} of {calls.numel()} "
-              f"chunks passed --max_calls {args.max_calls:,} and were drawn by batch sampling]", file=sys.stderr)
-
+    try:
+        with autocast(device, dtype):
+            write(model, tokenizer, prompt, eot, args, sampling)
+    except ValueError as error:   # a temperature that does not fit
+        fail(f"--{error}")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it at once, without a traceback

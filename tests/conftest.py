@@ -1,10 +1,14 @@
 """What the tests share: running a script's main() in this process, and a small data set."""
+import io
+import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 import data.prepare
+
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def pytest_configure(config):
@@ -20,9 +24,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(module, "--flag", value, ...) -> exit code, stdout, stderr of that script."""
-    def run(module, *argv):
+    """run(module, "--flag", value, ..., stdin=b"") -> exit code, stdout, stderr of that script."""
+    def run(module, *argv, stdin=b""):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
         capsys.readouterr()
         code = 0
         try:
@@ -31,7 +36,9 @@ def run(monkeypatch, capsys):
             code = exit.code
         captured = capsys.readouterr()
         return SimpleNamespace(code=code, out=captured.out, err=captured.err)
-    return run
+    yield run
+    for number, handler in HANDLERS.items():   # which train.py takes for itself
+        signal.signal(number, handler)
 
 
 @pytest.fixture

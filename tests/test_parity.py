@@ -1,7 +1,8 @@
-"""The authors' modules, in numbers: their weights, inputs and outputs (official.npz) against ours, to 1e-4 relative.
+"""The authors' modules, in numbers: their weights, inputs and outputs (official.npz) against ours, to
+1e-4 relative.
 
-CALM_PARITY names a folder with another official.npz and official.json: other K, other sizes, the same claims. The weights
-go through `load_official`, from directories written as the authors publish theirs.
+CALM_PARITY names a folder with another official.npz and official.json: other K, other sizes, the same
+claims. The weights go through `load_official`, from directories written as the authors publish theirs.
 """
 import base64
 import json
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-import autoencoder
+import data.checkpoint
 import eval_brier
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig, kl_to_normal
-from calm import AR, CALM, ARConfig, CALMConfig, energy_score, load_official, our_name
+from calm import AR, CALM, ARConfig, CALMConfig, energy_score, load_official
+from data.checkpoint import our_name
 from data.prepare import prepare
 from eval_brier import brier_ngram
 
@@ -30,7 +32,8 @@ HEADS = ("energy", "flow", "diffusion")
 
 
 def weights(part):
-    return {k.removeprefix(f"{part}.weights/"): v for k, v in OFFICIAL.items() if k.startswith(f"{part}.weights/")}
+    prefix = f"{part}.weights/"
+    return {k.removeprefix(prefix): v for k, v in OFFICIAL.items() if k.startswith(prefix)}
 
 
 def write_safetensors(path, tensors):
@@ -42,7 +45,7 @@ def write_safetensors(path, tensors):
         parts.append(raw)
         end += len(raw)
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                           # the numbers are aligned
+    text += b" " * (-len(text) % 8)   # the numbers are aligned
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
 
 
@@ -89,7 +92,8 @@ def test_autoencoder_is_theirs(models):
 
 def test_clipped_kl_is_theirs():
     kl = kl_to_normal(OFFICIAL["autoencoder.mean"], OFFICIAL["autoencoder.log_std"])
-    assert_close(kl.clamp_min(OFFICIAL["autoencoder.kl_clamp"].item()).sum(-1), OFFICIAL["autoencoder.kl_clipped"])
+    clipped = kl.clamp_min(OFFICIAL["autoencoder.kl_clamp"].item()).sum(-1)
+    assert_close(clipped, OFFICIAL["autoencoder.kl_clipped"])
 
 
 @torch.no_grad()
@@ -124,7 +128,8 @@ def test_flow_head_is_theirs(models):
 def test_diffusion_head_is_theirs(models):
     head, x, t, h = models["diffusion"].head, *(OFFICIAL[f"diffusion.{k}"] for k in ("x", "t", "context"))
     assert_close(head(x, t, h), OFFICIAL["diffusion.net_out"])
-    assert_close(1 - head.a / torch.nn.functional.pad(head.a[:-1], (1, 0), value=1.0), OFFICIAL["diffusion.betas"])
+    previous = torch.nn.functional.pad(head.a[:-1], (1, 0), value=1.0)
+    assert_close(1 - head.a / previous, OFFICIAL["diffusion.betas"])
     mse, bits = head.terms(OFFICIAL["diffusion.x_start"], OFFICIAL["diffusion.noise"], t, h)
     assert_close(mse, OFFICIAL["diffusion.mse"])
     assert_close(bits, OFFICIAL["diffusion.vb"])
@@ -143,11 +148,11 @@ def test_ar_baseline_is_theirs():
     layers = sum(k.endswith("q_proj.weight") for k in theirs)
     model = AR(ARConfig(vocab_size, width, len(theirs["model.layers.0.mlp.gate_proj.weight"]), layers,
                         SIZES["lm"]["num_attention_heads"], ids.shape[1]))
-    model.load_state_dict({our_name(name.replace("model.", "transformer.")): tensor for name, tensor in theirs.items()})
+    model.load_state_dict({our_name(name.replace("model.", "transformer.")): t for name, t in theirs.items()})
     assert_close(model.lm_head(model.hidden(ids)), OFFICIAL["ar.logits"])
 
 
-# --- Directories as the authors publish them --------------------------------------------------------------------------
+# --- Directories as the authors publish them ----------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -155,7 +160,8 @@ def test_ar_baseline_is_theirs():
 def test_a_published_directory_loads_in_both_formats(tmp_path, form, prefix):
     model = load_official(publish(tmp_path / "m", together(autoencoder=prefix), SIZES["lm"], form))
     assert_close(model.hidden(OFFICIAL["input_ids"]), OFFICIAL["energy.hidden"])
-    assert_close(model.autoencoder.decode(OFFICIAL["autoencoder.z"]).flatten(1, 2), OFFICIAL["autoencoder.logits"])
+    logits = model.autoencoder.decode(OFFICIAL["autoencoder.z"]).flatten(1, 2)
+    assert_close(logits, OFFICIAL["autoencoder.logits"])
     assert not any(p.requires_grad for p in model.autoencoder.parameters())
 
 
@@ -174,19 +180,20 @@ def test_bfloat16_weights_in_several_files_load(tmp_path):
 def test_the_autoencoder_is_found_where_the_config_says(tmp_path):
     place = publish(tmp_path / "elsewhere" / "ae", weights("autoencoder"), SIZES["ae"], "bin")
     model = load_official(publish(tmp_path / "m", weights("energy"), SIZES["lm"] | {"ae_path": str(place)}))
-    assert torch.equal(model.autoencoder.encoder.embed_tokens.weight, OFFICIAL["autoencoder.weights/encoder.embed_tokens.weight"])
+    theirs = OFFICIAL["autoencoder.weights/encoder.embed_tokens.weight"]
+    assert torch.equal(model.autoencoder.encoder.embed_tokens.weight, theirs)
 
 
 def test_float32_weights_stay_mapped(tmp_path):
     """The weights of the model are the bytes of the file: a private map, which writes nothing back."""
     folder = publish(tmp_path / "m", together(), SIZES["lm"])
     before = (folder / "model.safetensors").read_bytes()
-    read, wanted = [], autoencoder.read_safetensors
-    autoencoder.read_safetensors = lambda path: read.append(wanted(path)) or read[0]
+    read, wanted = [], data.checkpoint.read_safetensors
+    data.checkpoint.read_safetensors = lambda path: read.append(wanted(path)) or read[0]
     try:
         model = load_official(folder)
     finally:
-        autoencoder.read_safetensors = wanted
+        data.checkpoint.read_safetensors = wanted
     mapped = {t.untyped_storage().data_ptr() for t in read[0].values()}
     assert all(p.untyped_storage().data_ptr() in mapped for p in model.parameters())
     with torch.no_grad():
@@ -195,11 +202,22 @@ def test_float32_weights_stay_mapped(tmp_path):
 
 
 BROKEN = {
-    "missing": (lambda t: t.pop("transformer.layers.0.self_attn.q_proj.weight"), 'Missing key(s) in state_dict: "transformer.layers.0.self_attn.q_proj.weight"'),
-    "missing in the autoencoder": (lambda t: t.pop("ae_model.decoder.expand_layer.bias"), 'Missing key(s) in state_dict: "autoencoder.decoder.expand_layer.bias"'),
-    "extra": (lambda t: t.update(surprise=torch.zeros(2)), 'Unexpected key(s) in state_dict: "surprise"'),
-    "misshapen": (lambda t: t.update({"mlp_generator.noise_embd.bias": torch.zeros(3)}), "size mismatch for head.noise_embd.bias: copying a param with shape torch.Size([3])"),
-    "untied": (lambda t: t.update({"ae_model.decoder.lm_head_weight": t["ae_model.encoder.embed_tokens.weight"] + 1}), "decoder.lm_head_weight is not encoder.embed_tokens.weight"),
+    "missing": (
+        lambda t: t.pop("transformer.layers.0.self_attn.q_proj.weight"),
+        'Missing key(s) in state_dict: "transformer.layers.0.self_attn.q_proj.weight"'),
+    "missing in the autoencoder": (
+        lambda t: t.pop("ae_model.decoder.expand_layer.bias"),
+        'Missing key(s) in state_dict: "autoencoder.decoder.expand_layer.bias"'),
+    "extra": (
+        lambda t: t.update(surprise=torch.zeros(2)),
+        'Unexpected key(s) in state_dict: "surprise"'),
+    "misshapen": (
+        lambda t: t.update({"mlp_generator.noise_embd.bias": torch.zeros(3)}),
+        "size mismatch for head.noise_embd.bias: copying a param with shape torch.Size([3])"),
+    "untied": (
+        lambda t: t.update({
+            "ae_model.decoder.lm_head_weight": t["ae_model.encoder.embed_tokens.weight"] + 1}),
+        "decoder.lm_head_weight is not encoder.embed_tokens.weight"),
 }
 
 
@@ -220,10 +238,11 @@ def mangled(header, data=b""):
 
 @pytest.mark.parametrize("raw", [
     b"", b"\0" * 4, struct.pack("<Q", 1 << 60) + b"{}", struct.pack("<Q", 4) + b"nope", mangled([1, 2]),
-    mangled({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}),                                   # out of range
+    mangled({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}),               # out of range
     mangled({"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, -16]}}, b"\0" * 16),
-    mangled({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, b"\0" * 16),                        # not its size
-    mangled({k: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for k in "ab"}, b"\0" * 16),           # overlapping
+    mangled({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}, b"\0" * 16),    # not its size
+    mangled({k: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for k in "ab"},    # overlapping
+            b"\0" * 16),
     mangled({"a": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}, b"\0" * 8)])
 def test_a_broken_safetensors_file_is_one_clear_line(tmp_path, capsys, raw):
     folder = publish(tmp_path / "m", {}, SIZES["lm"])
@@ -238,8 +257,10 @@ class Trap:
         return (print, ("code ran",))
 
 
-@pytest.mark.parametrize("case", ["nothing", "no weights", "no autoencoder", "an autoencoder", "other positions", "a list", "no sizes",
-                                  "weights that are code"])
+@pytest.mark.parametrize("case", [
+    "nothing", "no weights", "no autoencoder", "an autoencoder",
+    "other positions", "a list", "no sizes",
+    "weights that are code"])
 def test_a_directory_that_is_not_a_published_model_is_one_clear_line(tmp_path, capsys, case):
     folder = tmp_path / "m"
     if case == "no weights":
@@ -261,28 +282,35 @@ def test_a_directory_that_is_not_a_published_model_is_one_clear_line(tmp_path, c
         load_official(folder)
     said = capsys.readouterr()
     line = said.err.strip()
-    assert "code ran" not in said.out + line and line.startswith("error: ") and "\n" not in line and str(tmp_path) in line
+    assert "code ran" not in said.out + line
+    assert line.startswith("error: ") and "\n" not in line and str(tmp_path) in line
 
 
 def test_a_published_model_writes_and_is_evaluated(tmp_path, run, data_dir):
-    """From directory to text and BrierLM, with a tokenizer file: 256 bytes and 256 special tokens, and [PAD] in the model."""
+    """From directory to text and BrierLM, with a tokenizer file: 256 bytes and 256 special tokens, and
+    [PAD] in the model."""
     ranks = tmp_path / "tokenizer.model"
     ranks.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
     torch.manual_seed(0)
     ae, c = AutoencoderConfig(513, 4, 8, 16, 24), CALMConfig(513, 4, 8, 32, 48, 2, 4, 1, 10, 16)
     ours = CALM(c, Autoencoder(ae))
     theirs = {"embed_tokens": "transformer.embed_tokens", "head": "mlp_generator", "autoencoder": "ae_model"}
-    tensors = {re.sub(r"^\w+", lambda part: theirs.get(part[0], part[0]), name): t for name, t in ours.state_dict().items()}
-    config = {"vocab_size": 513, "patch_size": 4, "latent_size": 8, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_mlp_layers": 1, "noise_size": 10, "max_position_embeddings": 16}
+    tensors = {re.sub(r"^\w+", lambda part: theirs.get(part[0], part[0]), name): t
+               for name, t in ours.state_dict().items()}
+    config = {"vocab_size": 513, "patch_size": 4, "latent_size": 8,
+              "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_mlp_layers": 1, "noise_size": 10,
+              "max_position_embeddings": 16}
     folder = publish(tmp_path / "m", tensors, config)
     text = tmp_path / "text.txt"
     text.write_text("A published model reads this sentence again and again. " * 60)
     prepare([text], "mine", str(ranks), out_root=data_dir)
 
-    done = run(sample, "--official", folder, "--tokenizer", ranks, "--start", "A model", "--max_new_tokens", 8)
+    done = run(sample, "--official", folder, "--tokenizer", ranks,
+               "--start", "A model", "--max_new_tokens", 8)
     assert done.code == 0 and done.out.startswith("A model")
-    done = run(eval_brier, "--official", folder, "--data", "mine", "--windows", 4, "--texts", 4, "--json")
+    done = run(eval_brier, "--official", folder, "--data", "mine", "--windows", 4, "--json")
     assert done.code == 0 and json.loads(done.out.splitlines()[-1])["positions"] == 4 * 15
     prepare([text], "bytes", out_root=data_dir)
     wrong = run(eval_brier, "--official", folder, "--data", "bytes")

@@ -1,0 +1,150 @@
+"""
+Speed and memory of any configuration, with random weights and random tokens: no data and no run is needed.
+
+    python tests/bench.py                                   # the preset of this machine
+    python tests/bench.py --preset S --n_embd 512 --n_layer 8 --vocab_size 32000
+    python tests/bench.py --dtype bfloat16 --compile on --seconds 5 --json
+
+A training step and the share of each part in it, then generation by CALM and by the token-by-token baseline.
+A part's share is its time alone, backward pass included, over that of a step. They need not add up to 1: the
+auxiliary loss and the gradient's norm are in none of them.
+"""
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project: this runs from anywhere
+
+import torch
+
+import train
+from autoencoder import Autoencoder, AutoencoderConfig, posterior_samples
+from calm import AR, CALM, ARConfig, CALMConfig, energy_score, flops_per_token
+from data.checkpoint import autocast, cast_matrices
+from data.prepare import Parser, within
+from sample import generate
+
+def median_seconds(function, device, seconds):
+    """Median time of a call after a warm-up, over at least 3 calls and about `seconds`."""
+    times = []
+    while len(times) < 4 or sum(times[1:]) < seconds:
+        began = time.perf_counter()
+        function()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+def peak_flops(device, dtype):
+    """FLOPs a second that this machine reaches on one large matrix product."""
+    n = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n ** 3 / median_seconds(lambda: a @ b, device, 0.1)
+
+def peak_memory_gb(device):
+    """The most that was allocated on a CUDA device so far, elsewhere by the whole process (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 2**30 if sys.platform == "darwin" else 2**20   # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+def training(model, args, world, seconds):
+    """-> tokens a second, peak memory, and the share of each part in a step."""
+    device, K, c = world.device, args.chunk_size, model.config
+    config = train.config_of(train.TrainConfig, args, "calm")
+    tokens = torch.randint(c.vocab_size, (config.batch_size, args.context + K), device=device)
+    optimizers = train.make_optimizers(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=world.dtype == torch.float16)
+    compute = torch.compile(model) if world.compile else model
+
+    def step():
+        train.train_step(compute, [tokens], 1, optimizers, scaler, config.grad_clip, world)
+    step_seconds, memory = median_seconds(step, device, seconds), peak_memory_gb(device)
+
+    def share(part):
+        """Of a function of no arguments, forward and backward."""
+        part = torch.compile(part) if world.compile else part
+
+        def both():
+            with autocast(device, world.dtype):
+                y = part()
+            if y.requires_grad:
+                y.sum().backward()
+        return median_seconds(both, device, seconds) / step_seconds
+
+    def update():
+        for optimizer in optimizers:
+            optimizer.step()
+    chunks = tokens[:, K:].unflatten(1, (-1, K))                          # (B, T, K)
+    with autocast(device, world.dtype):
+        h = model.hidden(tokens[:, :-K]).flatten(0, 1).detach().requires_grad_()   # (P, D)
+    mean, log_std = torch.zeros(2, len(h), c.latent_dim, device=device)
+    shares = {"backbone": share(lambda: model.hidden(tokens[:, :-K]))}
+    if c.head == "energy":
+        x = torch.randn(c.num_samples, *mean.shape, device=device, requires_grad=True)
+        shares["head"] = share(lambda: model.head.sample(h, c.num_samples))
+        shares["energy_score"] = share(
+            lambda: energy_score(x, posterior_samples(mean, log_std, c.num_targets), c.alpha))
+    else:   # one network evaluation a sample, in its loss
+        shares["head"] = share(lambda: model.head.loss(h, mean, log_std))
+    shares["autoencoder"] = share(lambda: model.autoencoder.encode(chunks)[0])
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    shares["optimizer"] = median_seconds(update, device, seconds) / step_seconds
+    return tokens[:, K:].numel() / step_seconds, memory, shares
+
+def generation(calm, ar, args, world, seconds):
+    """Tokens a second behind a prompt of two chunks, within the context, of one text and of 32 at once."""
+    K = args.chunk_size
+    new = max(1, min(args.block_size, 64) - 2) * K
+    prompt = torch.randint(calm.config.vocab_size, (1, 2 * K), device=world.device)
+
+    def speed(model, new, temperature=1.0, batch=1):
+        texts = prompt.expand(batch, -1)
+        with autocast(world.device, world.dtype):
+            return batch * new / median_seconds(
+                lambda: generate(model, texts, new, temperature), world.device, seconds)
+    few = max(new // 4 // K, 1) * K   # where it is slow
+    return {"calm_T1": speed(calm, new), "calm_T0.5": speed(calm, few, 0.5), "ar_T1": speed(ar, new),
+            "calm_T1_b32": speed(calm, new, batch=32), "ar_T1_b32": speed(ar, few, batch=32)}
+
+def main():
+    parser = Parser(usage="python tests/bench.py [flags of train.py] [flags below]",
+                    description="Speed and memory of any configuration.")
+    parser.add_argument("--seconds", type=within(0, kind=float), default=2.0, help="about, a measurement")
+    parser.add_argument("--vocab_size", type=within(1), default=257, help="of the models")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on a line")
+    own, flags = parser.parse_known_args()
+    args = train.parse_args(flags)
+    world, V = train.World(args), own.vocab_size
+
+    autoencoder = Autoencoder(train.config_of(AutoencoderConfig, args, "autoencoder", vocab_size=V))
+    model = CALM(train.config_of(CALMConfig, args, "calm", vocab_size=V), autoencoder)
+    model = model.to(world.device).train()
+    speed, memory, shares = training(model, args, world, own.seconds)
+    reached = speed * flops_per_token(model.config, autoencoder.config)["train"]
+    of_peak, on_cuda = reached / peak_flops(world.device, world.dtype), world.device.type == "cuda"
+    precision = str(world.dtype).removeprefix("torch.")
+    name = f"MFU {of_peak:.1%}" if on_cuda else f"{of_peak:.1%} share of its matrix-product speed"
+    print(f"{'training, ' + precision:28} {speed:10,.0f} tokens/s, peak memory {memory:.2f} GB, {name}")
+    for name, value in shares.items():
+        print(f"{'  ' + name.replace('_', ' '):28} {value:10.1%} of a step")
+
+    ar = AR(train.config_of(ARConfig, args, "ar", vocab_size=V, block_size=args.context)).to(world.device)
+    models = (cast_matrices(m.eval(), world.dtype) for m in (model, ar))
+    made = generation(*models, args, world, own.seconds)
+    for name, value in made.items():
+        print(f"{'generation, ' + name:28} {value:10,.0f} tokens/s")
+    if own.json:
+        print(json.dumps({"train_tokens_per_s": speed, "peak_memory_gb": memory,
+                          "mfu": of_peak if on_cuda else None, "matmul_share": of_peak,
+                          "precision": precision, "share": shares, "generate": made}))
+
+if __name__ == "__main__":
+    main()
