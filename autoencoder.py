@@ -41,12 +41,12 @@ class AutoencoderConfig:
             check(0 <= value < most, f"{name} must be in [0, {most}), not {value}")
 
 def check(fine, message):
-    """Of a config: the message begins with the field's name."""
+    """Of a config. The message begins with the field's name, which train.py makes a flag."""
     if not fine:
         raise ValueError(message)
 
 def check_sizes(config):
-    """Every whole number in a config counts something; where the default is none, none will do."""
+    """Every whole number in a config must be at least 1, or 0 where that is its default."""
     for f in fields(config):
         least, value = 0 if f.default == 0 else 1, getattr(config, f.name)
         check(f.type is not int or value >= least, f"{f.name} must be at least {least}, not {value}")

@@ -40,14 +40,14 @@ class CALMConfig:
     n_layer: int = 12              # blocks of the Transformer
     n_head: int = 16               # attention heads
     n_head_layer: int = 3          # blocks of the generative head; the paper takes n_layer / 4
-    n_noise: int = 64              # size of the head's noise
+    n_noise: int = 64              # size of the generative head's noise
     block_size: int = 2048         # context in chunks
     num_samples: int = 8           # N: head samples a position in training
     num_targets: int = 100         # M: target samples a position
     alpha: float = 1.0             # exponent of the energy score, in (0, 2)
     input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # reads embeddings, latents, both
     head: str = "energy"           # generative head, a name in HEADS
-    num_evals: int = 0             # network evaluations a sample; 0: as many as the paper takes
+    num_evals: int = 0             # evaluations of it a sample; 0: as many as the paper takes
     aux_weight: float = 0.0        # departure: weight of the auxiliary loss, see CALM.loss; 0: none
 
     def __post_init__(self):
@@ -62,7 +62,7 @@ class CALMConfig:
 
 @dataclass
 class ARConfig:
-    vocab_size: int = 257          # the defaults are the paper's Transformer-S
+    vocab_size: int = 257          # the other defaults are the paper's Transformer-S
     n_embd: int = 768
     n_ff: int = 2048
     n_layer: int = 12
@@ -97,7 +97,7 @@ class KVCache:
         self.layers = {}    # layer -> (2, B, nh, block_size, hs)
 
     def write(self, layer, k, v):
-        """Put k and v (B, nh, T, hs) behind what is there -> all of it, (2, B, nh, length + T, hs)."""
+        """k, v (B, nh, T, hs) -> with those before, (2, B, nh, end, hs). The Transformer moves the length."""
         if layer not in self.layers:
             self.layers[layer] = k.new_zeros(2, *k.shape[:2], self.block_size, k.shape[-1])
         end = self.length + k.shape[2]
@@ -115,10 +115,10 @@ class Attention(nn.Module):
         """x (B, T, D), cos and sin (T, hs) -> (B, T, D). The rest is as in Transformer.forward."""
         q, k, v = (proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)   # (B, nh, T, hs)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)
+        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)   # cos is float32
         if cache is not None:
             k, v = cache.write(self.layer, k, v)                              # (B, nh, end, hs)
-        causal = mask is None and q.shape[2] == k.shape[2]   # else a single query, which sees all keys
+        causal = mask is None and q.shape[2] == k.shape[2]   # else the mask rules, or one query sees all keys
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.o_proj(y.transpose(1, 2).flatten(-2))                     # (B, T, D)
 
@@ -171,15 +171,14 @@ class EnergyBlock(nn.Module):
         self.down_proj = nn.Linear(D, D)
 
     def forward(self, x, c):
-        # The first linear of [LayerNorm(x), c] in two halves: c (..., D) is the same for all N samples
-        # of x (N, ..., D), so its half is computed once and not N times.
+        # W [a, c] = W_a a + W_c c, and W_c c is computed once: c (..., D) is the same for all N samples.
         of_x, of_c = self.linears[0].weight.chunk(2, dim=1)               # (D, D) each
         y = F.linear(self.in_ln(x), of_x) + F.linear(c, of_c, self.linears[0].bias)
-        g, u = self.linears[1:](y).chunk(2, dim=-1)                       # (N, ..., D) each
+        g, u = self.linears[1:](y).chunk(2, dim=-1)                       # (N, ..., D) each, of the rest
         return x + self.down_proj(F.silu(g) * u)
 
 class EnergyHead(nn.Module):
-    """Draws z_{t+1} given h_t. Two verbs, as every head: a loss and a sample."""
+    """Draws z_{t+1} given h_t. Two verbs, as every head: a loss (called by CALM.loss, below), a sample."""
     default_evals, evals = 1, range(1, 2)   # network evaluations a sample
 
     def __init__(self, config):
@@ -195,7 +194,7 @@ class EnergyHead(nn.Module):
             in_ln=nn.LayerNorm(D, eps=1e-6),
             linears=nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, config.latent_dim))))
         self.apply(init_weights)
-        nn.init.zeros_(self.final_layer.linears[2].weight)   # the first samples are zero
+        nn.init.zeros_(self.final_layer.linears[2].weight)   # samples begin at 0, and part as this moves
 
     def sample(self, h, n, noise=None):
         """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): default U[-1/2, 1/2]."""
@@ -209,9 +208,9 @@ class EnergyHead(nn.Module):
 
     def loss(self, h, mean, log_std):
         """Equation 12: h (P, D); mean, log_std (P, L) of the posterior of the chunk to come -> (P,)."""
-        x = self.sample(h, self.config.num_samples)                       # (N, P, L)
+        z = self.sample(h, self.config.num_samples)                       # (N, P, L)
         y = posterior_samples(mean, log_std, self.config.num_targets)     # (M, P, L)
-        return energy_score(x, y, self.config.alpha)
+        return energy_score(z, y, self.config.alpha)
 
 def energy_score(x, y, alpha=1.0):
     """The energy loss of samples x (N, P, L) for targets y (M, P, L) -> (P,), in float32 (equation 12):
@@ -224,8 +223,8 @@ def energy_score(x, y, alpha=1.0):
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.float().transpose(0, 1), y.float().transpose(0, 1)       # (P, N, L), (P, M, L)
         to_targets = distances(x, y, alpha).mean((1, 2))                  # (P,)
-        pairs = distances(x, x, alpha).triu(1).sum((1, 2))                # (P,): each pair n < k once
-        return 2 * to_targets - pairs / (N * (N - 1) / 2)
+        pairs = 2 * distances(x, x, alpha).triu(1).sum((1, 2))            # (P,): n < k, and as many n > k
+        return 2 * to_targets - pairs / (N * (N - 1))
 
 def distances(x, y, alpha):
     """|x_n - y_m|^alpha for x (P, N, L), y (P, M, L) -> (P, N, M), as |x|^2 + |y|^2 - 2 x.y: never a tensor
@@ -234,8 +233,7 @@ def distances(x, y, alpha):
     squares = torch.baddbmm(x2[:, :, None] + y2[:, None, :], x, y.transpose(1, 2), alpha=-2)
     return squares.clamp_min(1e-10) ** (alpha / 2)
 
-# --- Two heads that take many steps (section 3.2, figure 8): noise is carried to z by a network of time t
-
+# --- Two heads that take many steps (section 3.2, figure 8): a network of time t carries noise to z ----
 class AdaLNBlock(nn.Module):
     """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), where the condition y gives shift, scale, gate."""
     def __init__(self, D):
@@ -306,7 +304,7 @@ class FlowHead(TimeNet):
 
 class DiffusionHead(TimeNet):
     """Diffusion: undo the noise of x_t = sqrt(a_t) z + sqrt(1 - a_t) noise step by step, t = 999 .. 0. The
-    network predicts it and, between two bounds, each step's log-variance (Nichol and Dhariwal, 2021)."""
+    network predicts that noise and, between two bounds, each step's log-variance (Nichol, Dhariwal, 2021)."""
     default_evals, evals = 100, range(1, 1001)
 
     def __init__(self, config):
@@ -330,12 +328,12 @@ class DiffusionHead(TimeNet):
     def terms(self, z, noise, t, h):
         """Both parts of the loss (...) at times t (...): the squared error of the noise, and the bits of the
         step back, through which only the variance learns."""
-        root_a, root_b, of_z, of_x, log_low, log_high = self.table[:, t][..., None]   # (..., 1) each
-        x_t = root_a * z + root_b * noise
+        root_a, root_1_a, of_z, of_x, log_low, log_high = self.table[:, t][..., None]   # (..., 1) each
+        x_t = root_a * z + root_1_a * noise
         predicted, v = self(x_t, t, h).chunk(2, dim=-1)                   # (..., L) each
         log_var = torch.lerp(log_low, log_high, (v + 1) / 2)
         true_mean = of_z * z + of_x * x_t
-        mean = of_z * (x_t - root_b * predicted.detach()) / root_a + of_x * x_t
+        mean = of_z * (x_t - root_1_a * predicted.detach()) / root_a + of_x * x_t
         kl = (log_var - log_low - 1 + (log_low - log_var).exp() + (true_mean - mean) ** 2 / log_var.exp()) / 2
         nll = (math.log(2 * math.pi) + log_var + (z - mean) ** 2 / log_var.exp()) / 2   # of z, at t = 0
         bits = torch.where((t == 0)[..., None], nll, kl).mean(-1) / math.log(2)
@@ -355,9 +353,9 @@ class DiffusionHead(TimeNet):
         times = torch.linspace(999, 0, self.config.num_evals).round().long().flip(0)
         table, times = self.coefficients(self.a[times]).to(h.device), times.to(h.device)
         for i in reversed(range(len(times))):
-            root_a, root_b, of_z, of_x, log_low, log_high = table[:, i]
+            root_a, root_1_a, of_z, of_x, log_low, log_high = table[:, i]
             predicted, v = self(x, times[i].expand(shape[:-1]), h).chunk(2, dim=-1)
-            z = ((x - root_b * predicted) / root_a).clamp(-10, 10)   # root_a is 5e-5 at first: errors grow
+            z = ((x - root_1_a * predicted) / root_a).clamp(-10, 10)   # root_a is 5e-5 at first: errors grow
             x = of_z * z + of_x * x
             if i:
                 log_var = torch.lerp(log_low, log_high, (v + 1) / 2)
@@ -368,15 +366,15 @@ HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
 
 # --- Temperature without likelihoods (section 5) --------------------------------------------------------
 def temperature_batch(samples, temperature):
-    """Algorithm 2: from N samples of a chunk, pick one as if drawn from P^(1/T): samples (N, batch, K),
-    temperature T in (0, 1] -> tokens (batch, K).
+    """Algorithm 2: of N candidates, samples (N, batch, K) of P, pick one about as from P^(1/T) / Z, T <= 1
+    -> tokens (batch, K).
     With s = 1/T = n, a chunk seen c times has C(c, n) ways of being drawn n times running, which is what
     P^n weighs. If none was seen n times, the algorithm tries n - 1, n - 2, ...: s is cut to the largest c.
-    For any T, C is taken through the Gamma function G: C(c, s) = G(c+1) / (G(s+1) G(c-s+1)) grows as c^s, and
-    c / N goes to P, so the choice goes to P^s as N grows. Each of a chunk's c copies carries C(c, s) / c."""
+    For any T, C comes from the Gamma function, C(c, s) = G(c+1) / (G(s+1) G(c-s+1)) for c from floor(s) on,
+    and grows as c^s: the choice goes to P^s with N. Each of a chunk's c copies carries C(c, s) / c."""
     count = counts(samples).float()                                       # c of each copy's chunk, (N, batch)
     s = count.amax(0).clamp_max(1 / temperature)                          # (batch,)
-    log_ways = (count + 1).lgamma() - (s + 1).lgamma() - (count - s + 1).lgamma() - count.log()
+    log_ways = (count + 1).lgamma() - (count - s + 1).lgamma() - count.log()   # G(s+1) is the same for all
     log_ways = log_ways.masked_fill(count < s.floor(), -math.inf)
     pick = torch.multinomial(log_ways.softmax(0).T, 1).squeeze(1)         # (batch,)
     return samples[pick, torch.arange(samples.shape[1], device=samples.device)]
@@ -392,9 +390,10 @@ def counts(samples):
 def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     """Algorithm 1: draw exactly from P^(1/T) / Z with nothing but a sampler of P.
     draw(n) -> n samples of each row (n, batch, K); T in (0, 1) -> tokens (batch, K), calls (batch,).
-    1/T = n + a. n equal samples in a row are a draw from P^n. To weigh it by P^a too, sample on: at sample i
-    accept if it is the same chunk again, else start over with probability a/i. Every row walks through
-    samples of its own; if it is not done after max_calls, it takes Algorithm 2's choice of 200 more."""
+    1/T = n + a. n equal samples in a row are a draw from P^n. To accept it with chance P^a too, sample
+    on: at sample i accept if it is the same chunk again, else start over with chance a/i (the binomial
+    series P^a = sum_i P (1-P)^(i-1) prod_(j<i) (1 - a/j)). Every row walks through samples of its own; one
+    that is not done after max_calls takes Algorithm 2's choice of 200 more."""
     n = math.floor(1 / temperature)
     a = 1 / temperature - n
     samples = draw(n)
@@ -408,11 +407,11 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
             candidate = torch.where((age == 1)[:, None], x, candidate)
             equal = (x == candidate).all(-1)
             agreed = (agreed | (age == 1)) & equal
-            i = age - n                                                   # above 0 in the second part
-            accept = active & ((i > 0) & equal if a else (i == 0) & agreed)
-            unlucky = (i > 0) & ~equal & (torch.rand(batch, device=x.device) < a / i)
+            i = age - n                                                   # above 0: in the second part
+            accept = active & equal & (i > 0) if a else active & agreed & (i == 0)
             chosen, done = torch.where(accept[:, None], candidate, chosen), done | accept
-            age = age.masked_fill((i == 0) & ~agreed | unlucky, 0)
+            unlucky = (i > 0) & ~equal & (torch.rand(batch, device=x.device) < a / i)
+            age = age.masked_fill(((i == 0) & ~agreed) | unlucky, 0)
         if (done | (calls >= max_calls)).all():
             break
         samples = draw(min(2 * len(samples), 256))   # fewer, larger calls for rows that need many
@@ -481,7 +480,7 @@ class CALM(nn.Module):
 
     def sample_chunks(self, h, n):
         """n next chunks given h (..., D) -> tokens (n, ..., K). In slices, which keep memory bounded."""
-        at_once = max(1, 2 ** 14 * h.shape[-1] // h.numel())
+        at_once = max(1, 2 ** 14 * h.shape[-1] // h.numel())              # samples of each h: 2^14 vectors
         z = torch.cat([self.head.sample(h, min(at_once, n - i)) for i in range(0, n, at_once)])
         logits_at_once = 2 ** (27 if z.is_cuda else 23)   # on a CPU, what its cache holds
         rows = logits_at_once // (self.chunk_size * self.config.vocab_size) or 1
@@ -490,7 +489,7 @@ class CALM(nn.Module):
 
     def draw(self, h, temperature=1.0, n=1, num_candidates=200, exact=None):
         """n next chunks for each h (B, D) at a temperature (section 5) -> tokens (n, B, K). By Algorithm 2 on
-        num_candidates, or by exact(draw, batch, temperature) -> tokens, calls, such as temperature_exact."""
+        num_candidates, or by a function `exact`, used as temperature_exact."""
         if temperature == 1:
             return self.sample_chunks(h, n)
         rows = n * len(h)
@@ -533,10 +532,10 @@ class AR(nn.Module):
         return torch.multinomial(self.probabilities(h, temperature), n, replacement=True).T[..., None]
 
 # --- Cost -----------------------------------------------------------------------------------------------
-def flops_per_token(config, autoencoder=None):
+def flops_per_token(config, autoencoder_config=None):
     """FLOPs a token as the paper counts them (table 1), for any of the three configs; CALM's needs its
     autoencoder's -> {"train": x, "inference": x}, and of CALM a forward pass of each part. Training is three
-    forward passes, with N samples of the head; the autoencoder encodes there, and decodes in inference."""
+    forward passes, with N samples of the head, and one of the encoder; in inference the decoder follows."""
     c, K = config, getattr(config, "chunk_size", 1)
 
     def count(function, *inputs):
@@ -550,16 +549,16 @@ def flops_per_token(config, autoencoder=None):
             there = count(model.encode, torch.zeros(1, K).long())
             back = count(model.decode, torch.zeros(1, c.latent_dim))
             return {"train": 3 * (there + back), "inference": there + back, "encode": there, "decode": back}
-        text, h = torch.zeros(1, c.block_size * K).long(), torch.zeros(1, c.n_embd)
+        text, h = torch.zeros(1, c.block_size * K).long(), torch.zeros(1, c.n_embd)   # a whole context, one h
         if isinstance(c, ARConfig):
             model = AR(c).to("meta")
             forward = count(model.hidden, text) / c.block_size + count(model.lm_head, h)
             return {"train": 3 * forward, "inference": forward}
         fewest = HEADS[c.head].evals[0]   # evaluations
-        model = CALM(replace(c, num_evals=fewest), Autoencoder(autoencoder)).to("meta")
+        model = CALM(replace(c, num_evals=fewest), Autoencoder(autoencoder_config)).to("meta")
         inputs, hidden = (count(part, text) / c.block_size for part in (model.inputs, model.hidden))
         one, several = (count(model.head.sample, h, n) / fewest for n in (1, c.num_samples))
-        aux, ae = count(model.aux, h) if c.aux_weight else 0.0, flops_per_token(autoencoder)
+        aux, ae = count(model.aux, h) if c.aux_weight else 0.0, flops_per_token(autoencoder_config)
     return {"train": 3 * (hidden + several + aux) + ae["encode"],
             "inference": hidden + c.num_evals * one + ae["decode"], "encode": ae["encode"],
             "inputs": inputs, "transformer": hidden - inputs, "samples": several, "aux": aux}
@@ -593,10 +592,10 @@ def load_official(folder, device="cpu", dtype=torch.float32):
         fail(f"{folder} is not a published CALM: {' '.join(str(error).split())[:500]}")
     return model.to(device).eval()
 
-# --- Run it: one line of text from file to loss ---------------------------------------------------------
+# --- Run it: one line of text through the forward half of a training step -------------------------------
 TEXT = b"def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"
 NANO = dict(n_embd=128, n_ff=344, n_layer=4, n_head=2, n_head_layer=1, block_size=128, latent_dim=32,
-            num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5)   # the preset of train.py
+            num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5)   # train.py's preset: a test compares
 
 @torch.no_grad()
 def main():
@@ -605,30 +604,33 @@ def main():
         model, checkpoint = load_model("out/stdlib", "calm")
         tokenizer = load_tokenizer(checkpoint)
     else:
-        print("random weights: `python train.py` trains some\n")
+        print("random weights, whose samples are all zero: `python train.py` trains some\n")
         autoencoder = Autoencoder(AutoencoderConfig(latent_dim=NANO["latent_dim"], n_embd=192, n_ff=96))
         model, tokenizer = CALM(CALMConfig(**NANO), autoencoder).eval(), get_tokenizer("bytes")
     c, K, tokens = model.config, model.chunk_size, torch.tensor([encode(tokenizer, TEXT)])
-    flops = flops_per_token(c, model.autoencoder.config)
     chunks = tokens[:, :tokens.shape[1] // K * K].unflatten(1, (-1, K))   # (1, T+1, K)
-    x, h = (read(chunks[:, :-1].flatten(1)) for read in (model.inputs, model.hidden))   # (1, T, D) each
+    x = model.inputs(chunks[:, :-1].flatten(1))                           # (1, T, D)
+    h = model.transformer(x)                                              # (1, T, D)
     z = model.head.sample(h[0], c.num_samples)                            # (N, T, L)
     mean, log_std = model.autoencoder.encode(chunks[0, 1:])               # (T, L) each
     y = posterior_samples(mean, log_std, c.num_targets)                   # (M, T, L)
-    print(f"{'step':34}{'shape':17}{'paper':14}training FLOPs")
+    flops = flops_per_token(c, model.autoencoder.config)
+    print(f"{'step':40}{'shape':16}{'paper':13}training FLOPs")
     for step, value, paper, cost in (
             (f"text in chunks of K = {K} tokens", chunks, "section 2", 0),
-            ("x: a vector for each chunk", x, "section 3.3", 3 * flops["inputs"]),
+            ("x: a vector for each, but the last", x, "section 3.3", 3 * flops["inputs"]),
             ("h: hidden states", h, "section 3.3", 3 * flops["transformer"]),
-            ("z: N samples of the next vector", z, "section 3.2", 3 * flops["samples"]),
-            ("mean, std of its posterior", mean, "section 2.2", flops["encode"]),
+            ("z: N samples of each next vector", z, "section 3.2", 3 * flops["samples"]),
+            ("mean, log_std: its posterior", mean, "section 2.2", flops["encode"]),
             ("y: M samples of the posterior", y, "equation 12", 0),
             ("energy loss at each position", energy_score(z, y, c.alpha), "equation 12", 0),
-            ("auxiliary loss, from h", chunks[0, 1:], "ours", 3 * flops["aux"])):
-        print(f"{step:34}{str(tuple(value.shape)):17}{paper:14}{cost / flops['train']:6.1%}")
-    print(f"loss {model.loss(chunks.flatten(1))[0]:.3f}; FLOPs a token: training {flops['train']:.3e}, "
-          f"inference {flops['inference']:.3e}\n\nsix draws of the last chunk:")
-    print(*(repr(tokenizer.decode(chunk)) for chunk in model.draw(h[:, -1], n=6)[:, 0].tolist()), sep="  ")
+            ("auxiliary loss at each token of those", chunks[0, 1:], "ours", 3 * flops["aux"])):
+        share = f"{cost / flops['train']:6.1%}" if cost else ""
+        print(f"{step:40}{str(tuple(value.shape)):16}{paper:13}{share}")
+    print(", ".join(f"{name} {value:.3f}" for name, value in model.loss(chunks.flatten(1))[1].items()))
+    print(f"FLOPs a token: training {flops['train']:.3e}, inference {flops['inference']:.3e}\n")
+    drawn = [*model.draw(h[:, -1], n=6)[:, 0], chunks[0, -1]]
+    print("six draws of the last chunk, and it: ", *(repr(tokenizer.decode(c.tolist())) for c in drawn))
 
 if __name__ == "__main__":
     main()

@@ -105,8 +105,7 @@ def evaluate(model, data, device, dtype, windows=375, stride=None, context=None,
     Windows of `context` tokens (default: the model's) are spread evenly over the split; n-grams start every
     `stride` tokens (default: ngram_stride of the model's K) with all of the window before them as context.
     Equal windows, stride and context give equal positions, whatever the model. num_draws: S, samples a
-    position. The standard error is a bootstrap over windows: the positions of one are not independent.
-    sampling: a temperature and other arguments of `CALM.draw`."""
+    position. The standard error is a bootstrap over windows. sampling: other arguments of `CALM.draw`."""
     K = model.chunk_size
     longest, stride = model.config.block_size * K, stride or ngram_stride(K)
     context = context or longest

@@ -62,17 +62,16 @@ def generate(model, prompt, max_new_tokens, *args, **kwargs):
     return torch.cat([prompt, *new], dim=1)[:, :prompt.shape[1] + max_new_tokens]
 
 def continue_text(model, data, device, dtype, seed, new_tokens=300):
-    """Print a piece of held-out text, and what the model makes of its beginning at T = 1 and at T = 1/2."""
+    """Print a piece of held-out text, and what the model makes of it at T = 1 and at T = 1/2."""
     context = model.config.block_size * model.chunk_size
     prompt = data.batch("val", data.even_offsets("val", 2, context)[-1:], max(context // 4, 1)).to(device)
-    texts = {"held-out text": prompt[0]}
+    print(f"--- held-out text {'-' * 62}\n{show(data.tokenizer, prompt[0].tolist())}")
     for temperature in (1.0, 0.5):
         torch.manual_seed(seed)
         with autocast(device, dtype):
             text = generate(model, prompt, new_tokens, temperature, eot_token(data.tokenizer))
-        texts[f"continued by the model at T = {temperature:g}"] = text[0, prompt.shape[1]:]
-    for title, tokens in texts.items():
-        print(f"--- {title} {'-' * (75 - len(title))}\n{show(data.tokenizer, tokens.tolist())}")
+        print(f"--- continued by the model at T = {temperature:g} {'-' * 43}")
+        print(show(data.tokenizer, text[0, prompt.shape[1]:].tolist()))
     print("-" * 80)
 
 def show(tokenizer, tokens):
@@ -104,9 +103,8 @@ def load(args):
     return model, checkpoint, device, dtype
 
 def check_vocabulary(model, tokenizer):
-    """A published model has one id more than its tokenizer: [PAD]."""
     V = model.config.vocab_size
-    if V - tokenizer.n_vocab not in (0, 1):
+    if V - tokenizer.n_vocab not in (0, 1):   # a published model has one id more than its tokenizer: [PAD]
         fail(f"the model has a vocabulary of {V:,}, {tokenizer.name} one of {tokenizer.n_vocab:,}")
 
 def write(model, tokenizer, prompt, eot, args, sampling):

@@ -58,8 +58,7 @@ class TrainConfig:
             value = getattr(self, name)
             check(0 <= value < math.inf, f"{name} must be a number from 0 on, not {value}")
 
-# Sizes and training; any flag given wins. They are written for chunks of 4 tokens: with another
-# --chunk_size the latent size L and the context in chunks follow, so that L / K and the text stay the same.
+# Any flag given wins. latent_dim and block_size are for chunks of 4: they follow another --chunk_size.
 PAPER = dict(latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
              ae_batch_size=2)
 SMALL = dict(latent_dim=32, block_size=128, alpha=0.5, num_samples=4, num_targets=32, aux_weight=0.5,
@@ -284,12 +283,12 @@ def validate(stage, model, args, data, world, length, brier_windows):
         metrics = {f"val_{name}": value.item() for name, value in model.loss(tokens)[1].items()}
     if stage != "autoencoder" and brier_windows:
         result = eval_brier.evaluate(model, data, world.device, world.dtype, brier_windows, args.stride)
-        metrics |= {"brierlm": result["brierlm"], "stderr": result["stderr"]}
+        metrics |= {name: result[name] for name in ("brierlm", "stderr")}
     model.train()
     return metrics
 
 # --- The loop -------------------------------------------------------------------------------------------
-def train(stage, model, args, data, world, flops_per_token, earlier_flops=0.0, **extra):
+def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **extra):
     """Train `model` for its max_steps, on from its checkpoint if there is one -> training FLOPs, those of the
     stage before included. extra: what else belongs in the checkpoint."""
     path, config = args.out_dir / f"{stage}.pt", config_of(TrainConfig, args, stage)
@@ -314,7 +313,7 @@ def train(stage, model, args, data, world, flops_per_token, earlier_flops=0.0, *
         compute = DistributedDataParallel(compute)
 
     def flops_at(step):
-        return earlier_flops + flops_per_token * tokens_per_step * step
+        return earlier_flops + token_flops * tokens_per_step * step
 
     def save(step):
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -326,7 +325,7 @@ def train(stage, model, args, data, world, flops_per_token, earlier_flops=0.0, *
 
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.say(f"{stage}: {size:,} parameters, {config.max_steps:,} steps of {tokens_per_step:,} tokens, "
-              f"{flops_per_token * tokens_per_step * config.max_steps:.2e} FLOPs, on "
+              f"{token_flops * tokens_per_step * config.max_steps:.2e} FLOPs, on "
               f"{world.size} x {world.device.type} in {world.dtype}{', compiled' if world.compile else ''}")
     log, started = args.out_dir / "log.jsonl", time.time()
     earlier_seconds = rewind_log(log, stage, first - 1) if world.main else 0.0
@@ -401,26 +400,26 @@ def main():
     torch.manual_seed(args.seed)
     if args.model != "ar":   # stage 1
         autoencoder = Autoencoder(config_of(AutoencoderConfig, args, "autoencoder"))
-        cost = flops_per_token(autoencoder.config)["train"]
-        flops = train("autoencoder", autoencoder, args, data, world, cost)
+        token_flops = flops_per_token(autoencoder.config)["train"]
+        flops = train("autoencoder", autoencoder, args, data, world, token_flops)
     if args.model == "autoencoder":
         return
 
     torch.manual_seed(args.seed)
     if args.model == "calm":   # stage 2
         model = CALM(config_of(CALMConfig, args, "calm"), autoencoder)
-        cost = flops_per_token(model.config, autoencoder.config)["train"]
+        token_flops = flops_per_token(model.config, autoencoder.config)["train"]
         extra = {"autoencoder_config": asdict(autoencoder.config)}
     else:
         model = AR(config_of(ARConfig, args, "ar", block_size=args.context))
-        cost = flops_per_token(model.config)["train"]
+        token_flops = flops_per_token(model.config)["train"]
     if args.match_flops:
         total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
         if flops >= total:
             fail(f"the autoencoder alone cost {flops:.2e} of {total:.2e} FLOPs: lower --ae_max_steps")
         sequences = math.ceil(args.grad_accum / world.size) * world.size * args.batch_size   # a step
-        args.max_steps = round((total - flops) / cost / sequences / args.context) or 1
-    flops = train(args.model, model, args, data, world, cost, flops, **extra)
+        args.max_steps = round((total - flops) / token_flops / sequences / args.context) or 1
+    flops = train(args.model, model, args, data, world, token_flops, flops, **extra)
     if world.main:
         finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops)
 

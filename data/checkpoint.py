@@ -99,10 +99,9 @@ def open_checkpoint(path, kind, model, data, resume, wanted):
         trained = checkpoint["config"][name]
         if trained != value:
             fail(f"{path} has {name} {trained}, this run asks for {value}: {elsewhere}, or drop the flag")
-    if not checkpoint["done"] and not resume:
-        fail(f"{path} is unfinished (step {checkpoint['step']:,}): add --resume to go on, or {elsewhere}")
-    if checkpoint["done"] and not resume and wanted:
-        fail(f"{path} is already trained ({checkpoint['step']:,} steps): --resume with more, or {elsewhere}")
+    if not resume and (wanted or not checkpoint["done"]):
+        state = "already trained" if checkpoint["done"] else "unfinished"
+        fail(f"{path} is {state} (step {checkpoint['step']:,}): add --resume to go on, or {elsewhere}")
     model.load_state_dict(checkpoint["model"])
     return checkpoint
 
@@ -164,10 +163,12 @@ def our_name(name):
 
 def read_official(folder):
     """A published CALM -> fields of CALMConfig, fields of AutoencoderConfig, {our name: tensor}.
-    Its autoencoder is in the same files, or in the directory CALM-Autoencoder beside `folder`."""
+    Its autoencoder is in the same files, where config.json's ae_path says, or in CALM-Autoencoder beside."""
     config, tensors = read_published(folder)
     if not any("decoder." in name for name in tensors):
-        tensors |= read_published(folder.parent / "CALM-Autoencoder")[1]
+        places = [folder / str(config.get("ae_path", "")), folder.parent / "CALM-Autoencoder"]
+        found = [place for place in places if place != folder and (place / "config.json").is_file()]
+        tensors |= read_published((found or places[1:])[0])[1]
     state = {our_name(name): tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
     try:
         # The autoencoder's embedding is stored under either of two names, or both.

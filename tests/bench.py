@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the project: this runs from anywhere
@@ -61,58 +62,51 @@ def training(model, args, world, seconds):
     tokens = torch.randint(c.vocab_size, (config.batch_size, args.context + K), device=device)
     optimizers = train.make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=world.dtype == torch.float16)
-    compute = torch.compile(model) if world.compile else model
+    compiled = torch.compile if world.compile else lambda function: function
+    compute = compiled(model)
+    step = median_seconds(lambda: train.train_step(compute, [tokens], 1, optimizers, scaler,
+                                                   config.grad_clip, world), device, seconds)
+    memory = peak_memory_gb(device)
 
-    def step():
-        train.train_step(compute, [tokens], 1, optimizers, scaler, config.grad_clip, world)
-    step_seconds, memory = median_seconds(step, device, seconds), peak_memory_gb(device)
-
-    def share(part):
-        """Of a function of no arguments, forward and backward."""
-        part = torch.compile(part) if world.compile else part
-
-        def both():
-            with autocast(device, world.dtype):
-                y = part()
-            if y.requires_grad:
-                y.sum().backward()
-        return median_seconds(both, device, seconds) / step_seconds
-
-    def update():
-        for optimizer in optimizers:
-            optimizer.step()
     chunks = tokens[:, K:].unflatten(1, (-1, K))                          # (B, T, K)
     with autocast(device, world.dtype):
         h = model.hidden(tokens[:, :-K]).flatten(0, 1).detach().requires_grad_()   # (P, D)
     mean, log_std = torch.zeros(2, len(h), c.latent_dim, device=device)
-    shares = {"backbone": share(lambda: model.hidden(tokens[:, :-K]))}
-    if c.head == "energy":
-        x = torch.randn(c.num_samples, *mean.shape, device=device, requires_grad=True)
-        shares["head"] = share(lambda: model.head.sample(h, c.num_samples))
-        shares["energy_score"] = share(
-            lambda: energy_score(x, posterior_samples(mean, log_std, c.num_targets), c.alpha))
-    else:   # one network evaluation a sample, in its loss
-        shares["head"] = share(lambda: model.head.loss(h, mean, log_std))
-    shares["autoencoder"] = share(lambda: model.autoencoder.encode(chunks)[0])
+    x = torch.randn(c.num_samples, *mean.shape, device=device, requires_grad=True)
+    parts = {"backbone": lambda: model.hidden(tokens[:, :-K]),
+             "head": lambda: model.head.sample(h, c.num_samples),
+             "energy_score": lambda: energy_score(
+                 x, posterior_samples(mean, log_std, c.num_targets), c.alpha),
+             "autoencoder": lambda: model.autoencoder.encode(chunks)[0]}
+    if c.head != "energy":   # it trains on one evaluation a sample, and without the energy score
+        parts["head"] = lambda: model.head.loss(h, mean, log_std)
+        del parts["energy_score"]
+
+    def run(part):
+        with autocast(device, world.dtype):
+            y = part()
+        if y.requires_grad:
+            y.sum().backward()
+    times = {name: median_seconds(partial(run, compiled(part)), device, seconds)
+             for name, part in parts.items()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    shares["optimizer"] = median_seconds(update, device, seconds) / step_seconds
-    return tokens[:, K:].numel() / step_seconds, memory, shares
+    times["optimizer"] = median_seconds(lambda: [o.step() for o in optimizers], device, seconds)
+    return chunks.numel() / step, memory, {name: time / step for name, time in times.items()}
 
 def generation(calm, ar, args, world, seconds):
     """Tokens a second behind a prompt of two chunks, within the context, of one text and of 32 at once."""
     K = args.chunk_size
     new = max(1, min(args.block_size, 64) - 2) * K
+    few = max(new // 4 // K, 1) * K   # where it is slow
     prompt = torch.randint(calm.config.vocab_size, (1, 2 * K), device=world.device)
 
-    def speed(model, new, temperature=1.0, batch=1):
-        texts = prompt.expand(batch, -1)
+    def speed(model, new, temperature=1.0, texts=1):
         with autocast(world.device, world.dtype):
-            return batch * new / median_seconds(
-                lambda: generate(model, texts, new, temperature), world.device, seconds)
-    few = max(new // 4 // K, 1) * K   # where it is slow
+            write = partial(generate, model, prompt.expand(texts, -1), new, temperature)
+            return texts * new / median_seconds(write, world.device, seconds)
     return {"calm_T1": speed(calm, new), "calm_T0.5": speed(calm, few, 0.5), "ar_T1": speed(ar, new),
-            "calm_T1_b32": speed(calm, new, batch=32), "ar_T1_b32": speed(ar, few, batch=32)}
+            "calm_T1_b32": speed(calm, new, texts=32), "ar_T1_b32": speed(ar, few, texts=32)}
 
 def main():
     parser = Parser(usage="python tests/bench.py [flags of train.py] [flags below]",

@@ -628,5 +628,6 @@ def test_the_demonstration_shows_each_step_and_its_share_of_the_flops(run, tmp_p
     flops = flops_per_token(CALMConfig(**calm.NANO), ae)
     assert f"training {flops['train']:.3e}" in result.out
     assert f"inference {flops['inference']:.3e}" in result.out
-    loss, = re.findall(r"^loss ([^;]+);", result.out, re.MULTILINE)
+    loss, energy, aux = re.findall(r"^loss (.+), energy (.+), aux (.+)$", result.out, re.MULTILINE)[0]
     assert math.isfinite(float(loss))
+    assert float(loss) == pytest.approx(float(energy) + calm.NANO["aux_weight"] * float(aux), abs=2e-3)
