@@ -211,7 +211,7 @@ def main():
     add = parser.add_argument
     add_model_flags(add)
     add("--data", help="data set under data/; None: the one it was trained on")
-    add("--windows", type=within(1), default=375, help="validation windows, spread evenly")
+    add("--windows", type=within(1), help="validation windows; None: 375, or 32 with --frontier")
     add("--num_draws", type=within(2), default=4, help="S: samples a position, at least 2")
     add("--stride", type=within(4), help="tokens from one n-gram's start to the next; None: K, at least 4")
     add("--context", type=within(8), help="tokens a window; None: the model's context")
@@ -236,12 +236,12 @@ def main():
         args.stride = args.stride or checkpoint["settings"]["stride"]   # the baseline's is CALM's
 
     def measure(progress=True, **sampling):
-        return evaluate(model, data, device, dtype, args.windows, args.stride, args.context, args.num_draws,
+        windows = args.windows or (32 if args.frontier else 375)
+        return evaluate(model, data, device, dtype, windows, args.stride, args.context, args.num_draws,
                         args.seed, progress, **sampling)
     if args.frontier:
         return frontier(args, measure)
-    result = measure()
-    print(describe(result))
+    print(describe(result := measure()))
     for name in ("accuracy", "collision"):
         print(f"{name:9} of 1 .. 4 tokens  " + "  ".join(f"{value:.4f}" for value in result.pop(name)))
     made, real = compare_text(model, data, device, dtype, seed=args.seed)

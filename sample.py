@@ -98,7 +98,9 @@ def load(args):
         model, checkpoint = load_official(args.official, device, dtype), None
     else:
         model, checkpoint = load_model(args.out_dir, args.model, device, dtype)
-    if args.num_evals:
+    if args.num_evals and args.model == "calm":
+        if args.num_evals not in model.head.evals:
+            fail(f"--num_evals must be in {model.head.evals}, not {args.num_evals}")
         model.config.num_evals = args.num_evals
     return model, checkpoint, device, dtype
 

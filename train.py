@@ -226,9 +226,8 @@ def make_optimizers(model, config):
     """AdamW with weight decay on matrices only; with optimizer "muon", Muon for the inner matrices."""
     matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim != 2]
-    inner = []
-    if config.optimizer == "muon":
-        inner = [matrices.pop(name) for name in list(matrices) if not name.startswith(NOT_MUON)]
+    of_muon = [name for name in matrices if config.optimizer == "muon" and not name.startswith(NOT_MUON)]
+    inner = [matrices.pop(name) for name in of_muon]
     groups = [dict(params=list(matrices.values())), dict(params=vectors, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, 0.95), 1e-8, config.weight_decay, fused=True)]
     if inner:
@@ -377,12 +376,11 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
 # --- The whole road: autoencoder, then CALM or AR, then BrierLM and text --------------------------------
 def finish(model, args, data, world, flops):
     """BrierLM, a held-out text continued, and what to run next."""
-    device, dtype = world.device, world.dtype
-    result = eval_brier.evaluate(model, data, device, dtype, stride=args.stride, progress=True)
+    result = eval_brier.evaluate(model, data, world.device, world.dtype, stride=args.stride, progress=True)
     print("\n" + eval_brier.describe(result))
     write_log(args.out_dir / "log.jsonl", "a", {"stage": args.model, "step": args.max_steps, "seconds": 0.0,
                                                 "flops": flops, "final": True, **result})
-    continue_text(model, data, device, dtype, args.seed)
+    continue_text(model, data, world.device, world.dtype, args.seed)
     print(f"Next:\n  python sample.py --out_dir {args.out_dir} --model {args.model} --temperature 0.5")
     if args.model == "calm":   # the baseline at equal cost
         out = args.out_dir

@@ -70,9 +70,19 @@ def torchrun(processes, *argv):
 ALONE = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})   # of processes: one thread each
 
 
+def limit_windows(monkeypatch, most):
+    """Of every BrierLM, also of the one that a run ends with."""
+    plain = eval_brier.evaluate
+
+    def evaluate(model, data, device, dtype, windows=most, *args, **kwargs):
+        return plain(model, data, device, dtype, min(windows, most), *args, **kwargs)
+    monkeypatch.setattr(eval_brier, "evaluate", evaluate)
+
+
 @pytest.fixture(autouse=True)
-def a_short_text_at_the_end(monkeypatch):
-    """Of each run: nobody reads it here."""
+def short_ends(monkeypatch):
+    """A run ends with a score and a text, which nobody reads here."""
+    limit_windows(monkeypatch, 16)
     monkeypatch.setattr(train, "continue_text", partial(sample.continue_text, new_tokens=20))
 
 
@@ -82,7 +92,7 @@ def test_the_whole_road_learns_a_repeating_text(foxes, tmp_path, run):
     """Autoencoder, CALM, BrierLM, text: near-certainty about a sentence that repeats, from both models."""
     out = tmp_path / "out"
     common = ["--data", foxes, "--out_dir", out, *TINY, "--eval_interval", "1000", "--max_steps", "250"]
-    result = run(train, *common, "--ae_max_steps", "200")
+    result = run(train, *common, "--ae_max_steps", "150")
     assert result.code == 0 and "python sample.py" in result.out
     report = last_line(run(autoencoder_script, "--out_dir", out, "--json", "--device", "cpu"))
     assert set(report) == {"accuracy", "sigma", "active_dims", "latent_dim"} and report["latent_dim"] == 32
@@ -106,7 +116,8 @@ def test_chunks_of_other_sizes_train_and_evaluate(K, foxes, tmp_path, run):
     positions = []
     for model in ("calm", "ar"):   # scored at the same ones, in the end and by hand
         flags = ["--out_dir", out, "--model", model]
-        assert run(train, "--data", foxes, *flags, *SHORT, "--chunk_size", K).code == 0
+        assert run(train, "--data", foxes, *flags, *SHORT, "--chunk_size", K,
+                   "--eval_interval", 100).code == 0
         score = last_line(run(eval_brier, *flags, "--json", "--windows", 4, "--device", "cpu"))
         assert len(score["brier"]) == 4
         final = next(e for e in log_of(out) if e["stage"] == model and e.get("final"))
@@ -116,12 +127,12 @@ def test_chunks_of_other_sizes_train_and_evaluate(K, foxes, tmp_path, run):
 
 @pytest.mark.parametrize("K", [1, 2, 3, 8, 16])
 def test_sizes_follow_from_the_chunk_size(K, foxes, tmp_path, run, monkeypatch):
-    """And a run of them ends with both checkpoints: here two steps, scored on two windows."""
+    """And a run of them ends with both checkpoints: here two steps."""
     args = train.parse_args(["--preset", "nano", "--chunk_size", str(K)])
     assert args.latent_dim == 8 * K and 512 - K < args.context <= 512
     few = dict(max_steps=2, ae_max_steps=2, batch_size=1, ae_batch_size=1)
     monkeypatch.setitem(train.PRESETS, "nano", train.PRESETS["nano"] | few)
-    monkeypatch.setattr(eval_brier, "evaluate", partial(eval_brier.evaluate, windows=2))
+    limit_windows(monkeypatch, 2)
     out = tmp_path / "out"
     result = run(train, "--data", foxes, "--out_dir", out, "--preset", "nano", "--device", "cpu",
                  "--chunk_size", K)
@@ -249,16 +260,16 @@ def test_a_step_of_muon_is_a_step_of_torchs():
     """Within what bfloat16, in which torch computes it, can tell: with momentum, so two steps."""
     torch.manual_seed(0)
     first = [torch.randn(shape) / 50 for shape in (*SHAPES, SHAPES[0])]   # two of one shape
-    (ours, our_step), (theirs, their_step) = (
-        (weights, optimizer(weights, lr=0.02, weight_decay=0.1).step)
-        for optimizer in (train.Muon, torch.optim.Muon)
-        for weights in [[torch.nn.Parameter(w.clone()) for w in first]])
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in first] for _ in range(2))
+    optimizers = [train.Muon(ours, lr=0.02, weight_decay=0.1),
+                  torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)]
     for _ in range(2):
         before = [w.detach().clone() for w in theirs]
         for a, b in zip(ours, theirs):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.clone()
-        our_step(), their_step()
+        for optimizer in optimizers:
+            optimizer.step()
         for a, b, old in zip(ours, theirs, before):
             assert (a - b).norm() < 0.05 * (b - old).norm()
 
@@ -405,8 +416,8 @@ def test_two_processes_go_the_whole_road_from_an_empty_folder(foxes, data_dir, t
 @pytest.mark.parametrize("model, processes", [("calm", 2), ("ar", 2), ("calm", 4)])
 def test_gloo_processes_equal_one_with_as_many_micro_batches(
         model, processes, foxes, data_dir, tmp_path, run):
-    """The same micro-batches on one process or one on each: the same losses, weights and BrierLM. ar has no
-    noise: literally so many times the batch.
+    """The same micro-batches on one process or one on each: the same losses and weights. ar has no noise:
+    literally so many times the batch.
 
     From a checkpoint on: AdamW makes a full step of any gradient, also of the head's first ones, which are
     rounding noise."""
