@@ -114,28 +114,28 @@ def write(model, tokenizer, prompt, eot, args, sampling):
     def until_eot(tokens):
         return tokens[:tokens.index(eot)] if eot in tokens else tokens
 
-    def mark(text, number):
-        """Show where a chunk begins: two colours in turn in a terminal, a bar elsewhere."""
+    def mark(text, number):   # where a chunk begins: two colours in turn in a terminal, a bar elsewhere
         if not args.chunks or not text:
             return text
         return f"\033[{33 + 3 * (number % 2)}m{text}\033[0m" if sys.stdout.isatty() else f"|{text}"
 
-    texts, began = [[] for _ in prompt], time.time()
-    start = show(tokenizer, until_eot(prompt[0].tolist()))
-    print(start, end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")   # a character may end in the next chunk
+    def read(tokens, final=False):   # a character may end in the next chunk
+        return decoder.decode(tokenizer.decode_bytes([t for t in tokens if t < tokenizer.n_vocab]), final)
+
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts, began, K = [[] for _ in prompt], time.time(), model.chunk_size
+    print(start := show(tokenizer, until_eot(prompt[0].tolist())), end="", flush=True)
     sampling = dict(temperature=args.temperature, eot=eot, **sampling)
     for number, new in enumerate(stream(model, prompt, args.max_new_tokens, **sampling)):
         shown = len(until_eot(texts[0]))
         for text, tokens in zip(texts, new.tolist()):
             text += tokens[:args.max_new_tokens - len(text)]
-        added = [t for t in until_eot(texts[0])[shown:] if t < tokenizer.n_vocab]
-        print(mark(decoder.decode(tokenizer.decode_bytes(added)), number), end="", flush=True)
-    print(decoder.decode(b"", final=True), end="")
-    seconds, texts, K = time.time() - began, [until_eot(text) for text in texts], model.chunk_size
+        print(mark(read(until_eot(texts[0])[shown:]), number), end="", flush=True)
+    print(read([], final=True), end="")
+    seconds, texts = time.time() - began, [until_eot(text) for text in texts]
     for text in texts[1:]:
-        parts = [mark(show(tokenizer, text[i:i + K]), i // K) for i in range(0, len(text), K)]
-        print(f"\n{'-' * 80}\n{start}{''.join(parts) if args.chunks else show(tokenizer, text)}", end="")
+        parts = [mark(read(text[i:i + K]), i // K) for i in range(0, len(text), K)]
+        print(f"\n{'-' * 80}\n{start}{''.join(parts)}{read([], final=True)}", end="")
     total = sum(map(len, texts))
     print(f"\n[{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s]", file=sys.stderr)
 

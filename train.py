@@ -133,7 +133,6 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     args.out_dir = out_dir
     args.context = args.block_size * args.chunk_size   # in tokens
-    args.stride = eval_brier.ngram_stride(args.chunk_size)   # of BrierLM; AR is scored where CALM is
     if args.match_flops and args.model == "autoencoder":
         fail("--match_flops sets the length of a CALM or an AR run: drop it, or --model autoencoder")
     for config, stage in ((TrainConfig, "autoencoder"), (AutoencoderConfig, "autoencoder"),
@@ -143,6 +142,7 @@ def parse_args(argv):
         except ValueError as error:
             name, what = str(error).split(maxsplit=1)
             fail(f"--{flag(name, stage)} {what}")
+    args.stride = eval_brier.ngram_stride(args.chunk_size)   # of BrierLM; AR is scored where CALM is
     return args
 
 # --- One process of a run: alone, or one of torchrun's --------------------------------------------------
