@@ -183,7 +183,6 @@ def plot(path, folders, width=720, height=420):
     def place(flops, score):   # around the curves: 50 units on the left, 120 right, 20 above, 40 below
         return (round(50 + flops / top_x * (width - 170), 1),
                 round(height - 40 - score / max(top_y, 1) * (height - 60), 1))
-
     def text(x, y, content, more=""):
         return f'<text x="{x}" y="{y}" {more}>{escape(content)}</text>'
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '

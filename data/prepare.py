@@ -211,11 +211,12 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     """Tokenize `sources` into out_root/<name> (default: data/<name>) -> that folder. Same input, same bytes.
     It is made under another name and renamed when whole: until then an earlier set of that name stays."""
     known = sources[0] if len(sources) == 1 and sources[0] in KNOWN else None
+    enc = get_tokenizer(tokenizer)
     if known in DOWNLOADS:
         paths, share = [downloaded(known)], DOWNLOADS[known][2]
     else:
         paths, share = python_source(known) if known else local_files(sources), 0.1
-    val_fraction, enc = share if val_fraction is None else val_fraction, get_tokenizer(tokenizer)
+    val_fraction = share if val_fraction is None else val_fraction
     folder = Path(out_root or DATA_DIR) / (name or default_name(sources[0], tokenizer))
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)   # of an earlier run that was killed
@@ -234,8 +235,8 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
         fail(f"{folder.name} was not prepared ({str(error) or 'interrupted'}): nothing was changed")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{folder}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
-          f"{meta['val_tokens']:,} validation tokens of a vocabulary of {meta['vocab_size']:,}")
+    train, val = meta["train_tokens"], meta["val_tokens"]
+    print(f"{folder}: {meta['documents']:,} documents, {train:,} training and {val:,} validation tokens")
     return folder
 
 def read_all(paths, known):
