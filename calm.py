@@ -227,8 +227,8 @@ def energy_score(x, y, alpha=1.0):
         return 2 * to_targets - pairs / (N * (N - 1))
 
 def distances(x, y, alpha):
-    """|x_n - y_m|^alpha for x (P, N, L), y (P, M, L) -> (P, N, M), as |x|^2 + |y|^2 - 2 x.y (baddbmm's alpha is
-    that -2): never (P, N, M, L). The floor keeps the gradient finite (zero) where two points meet."""
+    """|x_n - y_m|^alpha for x (P, N, L), y (P, M, L) -> (P, N, M), as |x|^2 + |y|^2 - 2 x.y (-2 is baddbmm's
+    alpha): never (P, N, M, L). The floor keeps the gradient finite (zero) where two points meet."""
     x2, y2 = (torch.linalg.vector_norm(v, dim=-1) ** 2 for v in (x, y))   # (P, N), (P, M)
     squares = torch.baddbmm(x2[:, :, None] + y2[:, None, :], x, y.transpose(1, 2), alpha=-2)
     return squares.clamp_min(1e-10) ** (alpha / 2)
