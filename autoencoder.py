@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.checkpoint import check_tokenizer, load_checkpoint, select_device
+from data.checkpoint import DEFAULT_RUN, check_tokenizer, load_checkpoint, select_device
 from data.prepare import Parser, load_data, within
 
 @dataclass
@@ -186,7 +186,7 @@ def accuracy(model, chunks, noise):
 def main():
     parser = Parser(description="How faithful, how robust is the latent space of an autoencoder?")
     add = parser.add_argument
-    add("--out_dir", default="out/stdlib", help="the run's folder, with autoencoder.pt")
+    add("--out_dir", default=DEFAULT_RUN, help="the run's folder, with autoencoder.pt")
     add("--data", help="data set under data/; None: the one it was trained on")
     add("--windows", type=within(1), default=256, help="validation windows of 512 tokens to measure on")
     add("--device", default="auto", help="auto, cuda, mps or cpu")

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check, check_sizes, init_weights,
                          posterior_samples)
-from data.checkpoint import cast_matrices, load_checkpoint, load_tokenizer, read_official
+from data.checkpoint import DEFAULT_RUN, cast_matrices, load_checkpoint, load_tokenizer, read_official
 from data.prepare import encode, fail, get_tokenizer
 
 @dataclass
@@ -59,6 +59,7 @@ class CALMConfig:
         check(self.num_samples > 1, f"num_samples must be at least 2, to compare, not {self.num_samples}")
         check(0 < self.alpha < 2, f"alpha must be in (0, 2), where the score is proper, not {self.alpha}")
         check(0 <= self.aux_weight < math.inf, f"aux_weight must be a number, not {self.aux_weight}")
+        self.aux_every = math.ceil(self.vocab_size / 4096)   # 1: at all positions; large V: few have memory
 
 @dataclass
 class ARConfig:
@@ -312,7 +313,10 @@ class DiffusionHead(TimeNet):
         angle = (torch.arange(1001, dtype=torch.float64, device="cpu") / 1000 + 0.008) / 1.008 * math.pi / 2
         beta = (1 - angle[1:].cos() ** 2 / angle[:-1].cos() ** 2).clamp_max(0.999)   # the cosine schedule
         self.a = (1 - beta).cumprod(0)                                    # (1000,): how much of z is left
-        self.register_buffer("table", self.coefficients(self.a), persistent=False)
+        times = torch.linspace(999, 0, config.num_evals, device="cpu").round().long().flip(0)
+        for name, value in (("table", self.coefficients(self.a)),         # of all the steps, for the loss
+                            ("times", times), ("steps", self.coefficients(self.a[times]))):   # to sample by
+            self.register_buffer(name, value, persistent=False)
 
     @staticmethod
     def coefficients(a):
@@ -350,11 +354,9 @@ class DiffusionHead(TimeNet):
         """n samples given h (..., D) -> z (n, ..., L), by num_evals of the 1000 steps from noise, x_999."""
         shape = (n, *h.shape[:-1], self.config.latent_dim)
         x = torch.randn(shape, device=h.device) if noise is None else noise
-        times = torch.linspace(999, 0, self.config.num_evals).round().long().flip(0)
-        table, times = self.coefficients(self.a[times]).to(h.device), times.to(h.device)
-        for i in reversed(range(len(times))):
-            root_a, root_1_a, of_z, of_x, log_low, log_high = table[:, i]
-            predicted, v = self(x, times[i].expand(shape[:-1]), h).chunk(2, dim=-1)
+        for i in reversed(range(len(self.times))):
+            root_a, root_1_a, of_z, of_x, log_low, log_high = self.steps[:, i]
+            predicted, v = self(x, self.times[i].expand(shape[:-1]), h).chunk(2, dim=-1)
             z = ((x - root_1_a * predicted) / root_a).clamp(-10, 10)   # root_a is 5e-5 at first: errors grow
             x = of_z * z + of_x * x
             if i:
@@ -471,7 +473,8 @@ class CALM(nn.Module):
         loss = self.head.loss(h, mean, log_std).mean()
         metrics = {c.head: loss.detach()}
         if c.aux_weight:   # ours, not the paper's: h also learns from a softmax over each of the K tokens
-            aux = F.cross_entropy(self.aux(h).view(-1, c.vocab_size).float(), targets.flatten())
+            logits = self.aux(h[::c.aux_every]).view(-1, c.vocab_size).float()
+            aux = F.cross_entropy(logits, targets[::c.aux_every].flatten())
             loss, metrics["aux"] = loss + c.aux_weight * aux, aux.detach()
         return loss, {"loss": loss.detach(), **metrics}
 
@@ -558,24 +561,26 @@ def flops_per_token(config, autoencoder_config=None):
         model = CALM(replace(c, num_evals=fewest), Autoencoder(autoencoder_config)).to("meta")
         inputs, hidden = (count(part, text) / c.block_size for part in (model.inputs, model.hidden))
         one, several = (count(model.head.sample, h, n) / fewest for n in (1, c.num_samples))
-        aux, ae = count(model.aux, h) if c.aux_weight else 0.0, flops_per_token(autoencoder_config)
+        aux = count(model.aux, h) / c.aux_every if c.aux_weight else 0.0
+        ae = flops_per_token(autoencoder_config)
     return {"train": 3 * (hidden + several + aux) + ae["encode"],
             "inference": hidden + c.num_evals * one + ae["decode"], "encode": ae["encode"],
             "inputs": inputs, "transformer": hidden - inputs, "samples": several, "aux": aux}
 
 # --- Loading a run's checkpoint, or the authors' weights ------------------------------------------------
-def load_model(out_dir, kind, device="cpu", dtype=torch.float32):
-    """The "calm" or "ar" of a run -> model in eval mode, with its matrices in `dtype`, and its checkpoint."""
+def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
+    """The "calm" or "ar" of a run -> model in eval mode, with its matrices in `dtype`, and its checkpoint.
+    changes: fields of CALMConfig in place of the run's."""
     checkpoint = load_checkpoint(Path(out_dir) / f"{kind}.pt", kind)
     if kind == "ar":
         model = AR(ARConfig(**checkpoint["config"]))
     else:
         autoencoder = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
-        model = CALM(CALMConfig(**checkpoint["config"]), autoencoder)
+        model = CALM(CALMConfig(**checkpoint["config"] | changes), autoencoder)
     model.load_state_dict(checkpoint["model"])
     return cast_matrices(model.to(device).eval(), dtype), checkpoint
 
-def load_official(folder, device="cpu", dtype=torch.float32):
+def load_official(folder, device="cpu", dtype=torch.float32, **changes):
     """A directory as the authors publish a model -> CALM in eval mode, with its matrices in `dtype`."""
     sizes, autoencoder_sizes, state = read_official(Path(folder))
 
@@ -584,7 +589,7 @@ def load_official(folder, device="cpu", dtype=torch.float32):
         return sum(state.get(f"head.{name}", t[:0]).shape == t.shape for name, t in expected.items())
     try:
         with torch.device("meta"):   # no memory for weights that are replaced
-            config = CALMConfig(**sizes, head=max(HEADS, key=tensors_that_fit))
+            config = CALMConfig(**sizes | changes, head=max(HEADS, key=tensors_that_fit))
             model = cast_matrices(CALM(config, Autoencoder(AutoencoderConfig(**autoencoder_sizes))), dtype)
         ours = model.state_dict()
         model.load_state_dict({name: t.to(ours.get(name, t).dtype) for name, t in state.items()}, assign=True)
@@ -600,8 +605,8 @@ NANO = dict(n_embd=128, n_ff=344, n_layer=4, n_head=2, n_head_layer=1, block_siz
 @torch.no_grad()
 def main():
     torch.manual_seed(0)
-    if Path("out/stdlib/calm.pt").is_file():
-        model, checkpoint = load_model("out/stdlib", "calm")
+    if Path(DEFAULT_RUN, "calm.pt").is_file():
+        model, checkpoint = load_model(DEFAULT_RUN, "calm")
         tokenizer = load_tokenizer(checkpoint)
     else:
         print("random weights, whose samples are all zero: `python train.py` trains some\n")

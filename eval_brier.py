@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from calm import AR, KVCache
-from data.checkpoint import autocast, check_tokenizer, read_log
+from data.checkpoint import autocast, check_tokenizer, out_of_memory, read_log
 from data.prepare import Parser, fail, load_data, within
 from sample import add_model_flags, check_vocabulary, generate, load
 
@@ -205,6 +205,7 @@ def plot(path, folders, width=720, height=420):
         fail(f"could not write {path} ({error.strerror}): name a file in a folder that exists")
     print(f"{len(lines)} curves in {path}")
 
+@out_of_memory("lower --num_draws or --context")
 def main():
     parser = Parser(description="BrierLM of a checkpoint, with a standard error.")
     add = parser.add_argument

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from calm import KVCache, load_model, load_official, temperature_exact
-from data.checkpoint import autocast, load_tokenizer, select_device, select_dtype
+from data.checkpoint import (DEFAULT_RUN, autocast, load_tokenizer, out_of_memory, select_device,
+                             select_dtype)
 from data.prepare import Parser, encode, eot_token, fail, get_tokenizer, within
 
 def pad_front(prompt, chunk_size, eot):
@@ -80,7 +81,7 @@ def show(tokenizer, tokens):
 
 def add_model_flags(add):
     """The flags of a script that loads a model."""
-    add("--out_dir", default="out/stdlib", help="the run's folder")
+    add("--out_dir", default=DEFAULT_RUN, help="the run's folder")
     add("--model", default="calm", choices=("calm", "ar"), help="which of its models")
     add("--official", metavar="DIR", help="a model that the authors published, in place of a run")
     add("--num_evals", type=within(1, 1000), help="of a flow or diffusion head: evaluations a sample")
@@ -94,15 +95,13 @@ def load(args):
     dtype = select_dtype(args.dtype, device)
     if args.official and args.model == "ar":
         fail("--official names a CALM: drop --model ar")
-    if args.official:
-        model, checkpoint = load_official(args.official, device, dtype), None
-    else:
-        model, checkpoint = load_model(args.out_dir, args.model, device, dtype)
-    if args.num_evals and args.model == "calm":
-        if args.num_evals not in model.head.evals:
-            fail(f"--num_evals must be in {model.head.evals}, not {args.num_evals}")
-        model.config.num_evals = args.num_evals
-    return model, checkpoint, device, dtype
+    changes = {"num_evals": args.num_evals} if args.num_evals else {}
+    try:
+        if args.official:
+            return load_official(args.official, device, dtype, **changes), None, device, dtype
+        return *load_model(args.out_dir, args.model, device, dtype, **changes), device, dtype
+    except ValueError as error:   # evaluations that this head does not take
+        fail(f"--{error}")
 
 def check_vocabulary(model, tokenizer):
     V = model.config.vocab_size
@@ -139,6 +138,7 @@ def write(model, tokenizer, prompt, eot, args, sampling):
     total = sum(map(len, texts))
     print(f"\n[{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s]", file=sys.stderr)
 
+@out_of_memory("lower --num_texts or --num_candidates")
 def main():
     parser = Parser(description="Write text with a trained model.")
     add = parser.add_argument

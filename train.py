@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -31,8 +32,9 @@ from tqdm import tqdm
 import eval_brier
 from autoencoder import Autoencoder, AutoencoderConfig, check, check_sizes
 from calm import AR, CALM, HEADS, ARConfig, CALMConfig, flops_per_token
-from data.checkpoint import (autocast, cast_matrices, load_checkpoint, open_checkpoint, rewind_log,
-                             save_checkpoint, saved_settings, select_device, select_dtype, write_log)
+from data.checkpoint import (autocast, cast_matrices, load_checkpoint, open_checkpoint, out_of_memory,
+                             rewind_log, save_checkpoint, saved_settings, select_device, select_dtype,
+                             write_log)
 from data.prepare import Parser, fail, load_data, within
 from sample import continue_text
 
@@ -67,9 +69,9 @@ SMALL = dict(latent_dim=32, block_size=128, alpha=0.5, num_samples=4, num_target
 PRESETS = {
     "nano": dict(SMALL, n_layer=4, n_embd=128, n_head=2, n_ff=344, n_head_layer=1, batch_size=4,
                  max_steps=3140, ae_n_embd=192, ae_n_ff=96, ae_batch_size=8, ae_max_steps=350),
-    "mini": dict(SMALL, n_layer=8, n_embd=512, n_head=8, n_ff=1376, n_head_layer=2, block_size=256,
-                 batch_size=32, max_steps=10_000, ae_n_embd=256, ae_n_ff=128, ae_batch_size=16,
-                 ae_max_steps=2000),
+    "mini": dict(SMALL, data="site-packages", n_layer=12, n_embd=1024, n_head=16, n_ff=2752, n_head_layer=3,
+                 block_size=256, batch_size=12, grad_accum=5, max_steps=5000, ae_n_embd=256, ae_n_ff=128,
+                 ae_batch_size=16, ae_max_steps=2000),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
     "M": dict(PAPER, n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
     "L": dict(PAPER, n_layer=16, n_embd=1536, n_ff=4096, n_head_layer=4),
@@ -101,7 +103,8 @@ def parse_args(argv):
     run = parser.add_argument_group("run").add_argument
     run("--model", default="calm", choices=STAGES, help="what to train; calm trains its autoencoder first")
     run("--preset", default="auto", choices=["auto", *PRESETS], help="auto: mini on CUDA, else nano")
-    run("--data", default="stdlib", help="data set under data/; a known one (data/prepare.py) is prepared")
+    run("--data", default="stdlib", help="data set under data/; a known one (data/prepare.py) is prepared; "
+                                         "mini: site-packages")
     run("--out_dir", help="the run's folder; None: out/<data name>")
     run("--resume", action="store_true", help="go on from the checkpoint in out_dir, with its settings")
     run("--match_flops", metavar="RUN", help="as many steps as cost what RUN's calm.pt and autoencoder did")
@@ -126,11 +129,12 @@ def parse_args(argv):
                                       "block_size": defaults["block_size"] * 4 // K})
     if early.model == "ar":
         parser.set_defaults(muon_lr=0.02)   # what the baseline liked best, CALM 0.01
-    out_dir = Path(early.out_dir or Path("out") / Path(early.data).name)
-    if early.resume:
-        stages = ("calm", "autoencoder") if early.model == "calm" else (early.model,)
-        parser.set_defaults(**saved_settings(out_dir, stages))
     args = parser.parse_args(argv)
+    out_dir = Path(args.out_dir or Path("out") / Path(args.data).name)
+    if args.resume:
+        stages = ("calm", "autoencoder") if args.model == "calm" else (args.model,)
+        parser.set_defaults(**saved_settings(out_dir, stages))
+        args = parser.parse_args(argv)
     args.out_dir = out_dir
     args.context = args.block_size * args.chunk_size   # in tokens
     if args.match_flops and args.model == "autoencoder":
@@ -156,11 +160,22 @@ class World:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    timeout=timedelta(days=1))   # the others wait while one prepares data
             atexit.register(dist.destroy_process_group)
         self.dtype = select_dtype(args.dtype, self.device)
-        self.compile = args.compile == "on" or args.compile == "auto" and self.device.type == "cuda"
+        wanted = args.compile == "on" or args.compile == "auto" and self.device.type == "cuda"
+        self.compile = wanted and self.can_compile()
         self.interrupted = False
+
+    def can_compile(self):
+        """Whether torch.compile works here: it needs a C++ compiler, on CUDA Triton and a card it knows."""
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.device))
+            return True
+        except Exception as error:   # whatever is missing
+            self.say(f"not compiled: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
+            return False
 
     def listen(self):
         """From now on Ctrl-C and SIGTERM end the loop after its step; a second one ends it at once."""
@@ -196,15 +211,13 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 same_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), matrices in same_shape.items():
-                directions = []
-                for p in matrices:
-                    average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    average.lerp_(p.grad, 1 - group["momentum"])
-                    directions.append(p.grad.lerp(average, group["momentum"]))   # Nesterov's
-                updates = orthogonal(torch.stack(directions))             # (n, rows, columns)
+                g = torch.stack([p.grad for p in matrices])               # (n, rows, columns)
+                average = self.state[matrices[0]].setdefault("averages", torch.zeros_like(g))   # of all n
+                average.lerp_(g, 1 - group["momentum"])
                 step_size = group["lr"] * max(1, rows / columns) ** 0.5
+                updates = step_size * orthogonal(g.lerp(average, group["momentum"]))   # Nesterov's
                 for p, update in zip(matrices, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step_size * update)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
 
 def orthogonal(g):
     """Matrices g = U S V^T (n, rows, columns) -> about U V^T: five Newton-Schulz steps, each of which takes
@@ -217,7 +230,7 @@ def orthogonal(g):
     x = x.mT if tall else x
     for _ in range(5):
         square = x @ x.mT                                                 # the smaller of the two
-        x = a * x + torch.baddbmm(square, square, square, beta=b, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).type_as(g)
 
 NOT_MUON = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")   # matrices whose rows are tokens
@@ -247,14 +260,12 @@ def micro_batches(data, seed, world, stage, step, count, batch_size, length):
     number = STAGES.index(stage)
     offsets = data.random_offsets("train", world.size * count * batch_size, length, (seed, number, step))
     for micro in range(world.rank, world.size * count, world.size):
-        tokens = data.batch("train", offsets[micro * batch_size:(micro + 1) * batch_size], length)
-        if world.device.type == "cuda":
-            tokens = tokens.pin_memory()   # so that the copy can overlap the step before
         torch.manual_seed((seed << 40) + (number << 38) + (step << 12) + micro)
-        yield tokens.to(world.device, non_blocking=True)
+        own = offsets[micro * batch_size:(micro + 1) * batch_size]
+        yield data.batch("train", own, length).to(world.device)
 
 def train_step(compute, batches, count, optimizers, scaler, grad_clip, world):
-    """One optimizer step over `count` micro-batches -> their mean loss, still on the device."""
+    """One optimizer step over `count` micro-batches -> their mean loss, the norm of its gradient."""
     mean_loss = 0.0
     for micro, tokens in enumerate(batches, 1):
         compute.require_backward_grad_sync = micro == count   # processes average their gradients once a step
@@ -264,13 +275,13 @@ def train_step(compute, batches, count, optimizers, scaler, grad_clip, world):
         mean_loss = mean_loss + loss.detach() / count
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-    for optimizer in optimizers:
-        scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
-    return mean_loss
+    norm = torch.nn.utils.clip_grad_norm_(compute.parameters(), grad_clip)
+    if norm.isfinite():   # one decision for all optimizers, before a weight is not a number
+        for optimizer in optimizers:
+            optimizer.step()
+    compute.zero_grad()
+    scaler.update()       # float16: a smaller scale after a norm that was not finite
+    return mean_loss, norm
 
 @torch.no_grad()
 def validate(stage, model, args, data, world, length, brier_windows):
@@ -335,7 +346,7 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = factor * group["peak_lr"]
         batches = micro_batches(data, args.seed, world, stage, step, count, config.batch_size, length)
-        loss = train_step(compute, batches, count, optimizers, scaler, config.grad_clip, world)
+        loss, norm = train_step(compute, batches, count, optimizers, scaler, config.grad_clip, world)
         bar.update()
 
         last = step == config.max_steps
@@ -344,13 +355,15 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
         stopping = world.interrupted
         if world.size > 1:   # all of the processes, or none
             stopping = logging and world.mean(world.interrupted) > 0
-        if not (logging or stopping):
+        bad = not (norm.isfinite() or scaler.is_enabled())   # float16: a step without an update, now and then
+        if not (logging or stopping or bad):
             continue
-        loss = world.mean(loss)                                           # the host waits for the device here
-        if not math.isfinite(loss):
+        loss = world.mean(loss)
+        if bad or not math.isfinite(loss):
             bar.close()
             kept = f"{path} holds the last good step" if path.exists() else "nothing was saved yet"
-            fail(f"the loss of {stage} is {loss} at step {step}; {kept}: lower --lr or --muon_lr")
+            fail(f"the loss of {stage} is {loss}, its gradient's norm {norm}, at step {step}; {kept}: "
+                 f"lower --lr or --muon_lr")
         seconds, metrics = time.time() - started, {}
         if evaluating:
             metrics = validate(stage, model, args, data, world, length, brier_windows=0 if last else 32)
@@ -386,6 +399,7 @@ def finish(model, args, data, world, flops):
         out = args.out_dir
         print(f"  python train.py --model ar --match_flops {out} --data {args.data} --out_dir {out}")
 
+@out_of_memory("lower --batch_size (raise --grad_accum as much), --block_size or --num_targets")
 def main():
     args = parse_args(sys.argv[1:])
     world = World(args)
@@ -416,7 +430,8 @@ def main():
         if flops >= total:
             fail(f"the autoencoder alone cost {flops:.2e} of {total:.2e} FLOPs: lower --ae_max_steps")
         sequences = math.ceil(args.grad_accum / world.size) * world.size * args.batch_size   # a step
-        args.max_steps = round((total - flops) / token_flops / sequences / args.context) or 1
+        steps = round((total - flops) / token_flops / sequences / args.context) or 1
+        args.max_steps = round(world.mean(steps))   # of all processes the same, whatever each has read
     flops = train(args.model, model, args, data, world, token_flops, flops, **extra)
     if world.main:
         finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops)

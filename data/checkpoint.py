@@ -8,7 +8,7 @@ import math
 import os
 import re
 import zipfile
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,14 +20,25 @@ from data.prepare import fail, fingerprint_tokenizer, get_tokenizer
 FORMAT = 2   # of checkpoints; the earlier ones, which have no number, hold other models
 
 # --- Device and precision -------------------------------------------------------------------------------
+# Where `python train.py` leaves its run on this machine.
+DEFAULT_RUN = "out/site-packages" if torch.cuda.is_available() else "out/stdlib"
+
 def select_device(name="auto"):
-    """`auto` -> cuda, mps or cpu, whichever is there first; or the named device, if it is there."""
+    """`auto` -> cuda if it is there, else cpu; or the named device. MPS, never tried, only by its name."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [device for device in there if there[device]]
-    name = usable[0] if name == "auto" else name
-    if name.split(":")[0] not in usable:
+    name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
+    if not there.get(name.split(":")[0]):
+        usable = [device for device in there if there[device]]
         fail(f"no device {name!r} here: use --device auto or one of {', '.join(usable)}")
     return torch.device(name)
+
+@contextmanager
+def out_of_memory(advice):
+    """Of a script's main: a card that is full ends in one line, which says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).split('. ')[0]}: {advice}")
 
 def select_dtype(name, device):
     """`auto` -> bfloat16 where the processor multiplies it fast; else float32, on CUDA float16."""

@@ -14,9 +14,11 @@ import warnings
 import xml.etree.ElementTree
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import autoencoder as autoencoder_script
 import bench
@@ -482,7 +484,25 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_step(
         return value, metrics
     monkeypatch.setattr(train.AR, "loss", loss)
     result = run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "ar", "--log_interval", "1")
-    assert result.code == 2 and "nan at step 12" in result.err
+    assert result.code == 2 and "the loss of ar is nan" in result.err and "at step 12" in result.err
+    checkpoint = checkpoint_of(out, "ar")
+    assert checkpoint["step"] == 10 and all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+def test_a_gradient_that_is_not_a_number_stops_the_run_at_once(foxes, tmp_path, run, monkeypatch):
+    """Of a finite loss, at a step that is not logged."""
+    out, plain, calls = tmp_path / "out", train.AR.loss, []
+
+    def loss(model, tokens):
+        calls.append(1)
+        value, metrics = plain(model, tokens)
+        if len(calls) == 13:
+            weight = model.lm_head.weight
+            value = value + 0 * (weight - weight.detach()).sum().sqrt()   # 0, with an infinite derivative
+        return value, metrics
+    monkeypatch.setattr(train.AR, "loss", loss)
+    result = run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "ar")
+    assert result.code == 2 and "its gradient's norm nan, at step 12" in result.err
     checkpoint = checkpoint_of(out, "ar")
     assert checkpoint["step"] == 10 and all(v.isfinite().all() for v in checkpoint["model"].values())
 
@@ -560,7 +580,7 @@ def test_a_checkpoint_cannot_choose_where_a_resumed_run_writes(copied, tmp_path,
 # --- Other machines -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("cuda, mps, expected", [
-    (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu"), (True, True, "cuda")])
+    (True, False, "cuda"), (False, True, "cpu"), (False, False, "cpu"), (True, True, "cuda")])
 def test_one_function_chooses_the_device(cuda, mps, expected, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -583,6 +603,144 @@ def test_one_function_chooses_the_precision(device, fast, expected, monkeypatch)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert select_dtype("auto", torch.device(device)) == expected
     assert select_dtype("float16", torch.device(device)) == torch.float16
+
+
+def test_a_card_gets_another_preset_and_text(monkeypatch):
+    assert train.parse_args([]).data == "stdlib"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = train.parse_args([])
+    assert (args.data, str(args.out_dir), args.n_layer) == ("site-packages", "out/site-packages", 12)
+    assert train.parse_args(["--data", "stdlib"]).data == "stdlib"
+    assert train.parse_args(["--device", "cpu"]).data == "stdlib"
+
+
+def test_mini_is_ten_minutes_of_an_h100_at_30_percent_and_four_times_its_text():
+    """Of its 989e12 bfloat16 FLOPs a second, Muon's own included; of the 78e6 bytes to train on."""
+    args = train.parse_args(["--preset", "mini"])
+    ae = train.config_of(train.AutoencoderConfig, args, "autoencoder", vocab_size=257)
+    config = train.config_of(train.CALMConfig, args, "calm", vocab_size=257)
+    text = args.max_steps * args.batch_size * args.grad_accum * args.context
+    with torch.device("meta"):
+        model = train.CALM(config, train.Autoencoder(ae))
+    muon = train.make_optimizers(model, train.config_of(train.TrainConfig, args, "calm"))[1]
+    sides = [sorted(p.shape) for group in muon.param_groups for p in group["params"]]
+    steps = sum(5 * (4 * m * m * n + 2 * m ** 3) for m, n in sides) * args.max_steps   # Newton-Schulz's
+    flops = train.flops_per_token(config, ae)["train"] * text + steps
+    assert 3.5 < text / 78e6 < 4
+    assert 0.7 < flops / (600 * 0.3 * 989e12) < 0.9   # the rest is for the autoencoder, BrierLM and samples
+
+
+def kept_gb(model, tokens):
+    """What autograd keeps of a training step under bfloat16 autocast, parameters apart, in GiB."""
+    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage   # which stays alive: no other gets its address
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            model.loss(tokens)
+    return sum(storage.nbytes() for storage in kept.values()) / 2**30
+
+
+@pytest.mark.parametrize("preset, vocab_size, most", [
+    ("nano", 50_257, 0.25), ("mini", 257, 4), ("mini", 50_257, 4), ("M", 128_256, 30)])
+def test_a_large_vocabulary_takes_little_memory(preset, vocab_size, most):
+    """Fake tensors: the shapes of a step, without its memory. M, the paper's, has no auxiliary loss."""
+    args = train.parse_args(["--preset", preset])
+    with FakeTensorMode():
+        ae, config = (train.config_of(kind, args, stage, vocab_size=vocab_size) for kind, stage in
+                      ((train.AutoencoderConfig, "autoencoder"), (train.CALMConfig, "calm")))
+        model = train.CALM(config, train.Autoencoder(ae)).train()
+        tokens = torch.zeros(args.batch_size, args.context + args.chunk_size, dtype=torch.long)
+        assert 0.01 < kept_gb(model, tokens) < most
+
+
+@pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_training_step_is_the_plain_one():
+    """Loss and gradient by Inductor, with the same random numbers."""
+    from torch._inductor import config as inductor
+    args = train.parse_args(TINY)
+    config = train.config_of(train.CALMConfig, args, "calm", n_layer=1, aux_weight=0.5)
+    ae = train.Autoencoder(train.config_of(train.AutoencoderConfig, args, "autoencoder", n_layer=1))
+    model = train.CALM(config, ae).train()
+    tokens = torch.randint(257, (2, args.context + args.chunk_size))
+    found = []
+    with inductor.patch(fallback_random=True):
+        for compute in (model, torch.compile(model)):
+            torch.manual_seed(0)
+            loss, _ = compute(tokens)
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+            model.zero_grad()
+    assert hasattr(compute, "_orig_mod")
+    for plain, compiled in zip(*found):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-6)
+
+
+def test_without_a_compiler_a_run_goes_on_uncompiled_and_says_so(foxes, tmp_path, run, monkeypatch):
+    def no_compiler(function):
+        def compiled(*args):
+            raise RuntimeError("Cannot find a working triton installation\nand more lines")
+        return compiled
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    result = run(train, "--data", foxes, "--out_dir", tmp_path / "out", *SHORT, "--compile", "on",
+                 "--model", "ar", "--max_steps", 2)
+    assert result.code == 0
+    assert "not compiled: RuntimeError: Cannot find a working triton installation\n" in result.out
+    assert ", compiled" not in result.out
+
+
+def test_a_full_card_is_one_line(foxes, trained, tmp_path, run, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total of")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
+    for result in (run(train, *TINY, "--data", foxes, "--out_dir", tmp_path / "out", "--model", "ar"),
+                   run(sample, "--out_dir", trained / "out"), run(eval_brier, "--out_dir", trained / "out")):
+        assert result.code == 2
+        assert result.err.splitlines()[-1].startswith("error: CUDA out of memory: lower --")
+
+
+def test_the_others_wait_longer_than_any_data_takes_to_prepare(monkeypatch):
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, **kwargs: asked.update(kwargs))
+    monkeypatch.setattr(train.atexit, "register", lambda function: None)
+    train.World(train.parse_args(TINY))
+    assert asked["timeout"].total_seconds() > 6 * 3600   # the default is ten minutes on CUDA
+
+
+# --- Gradients that are no numbers --------------------------------------------------------------------------
+
+def two_optimizers(scale=None):
+    """A model of a matrix and of token embeddings, with Muon for one and AdamW for the other."""
+    model = torch.nn.ModuleDict({"inner": torch.nn.Linear(4, 4, bias=False),
+                                 "embed_tokens": torch.nn.Embedding(4, 4)})
+    model.forward = lambda factors: (sum((p * f).sum() for p, f in zip(model.parameters(), factors)), {})
+    optimizers = train.make_optimizers(model, train.TrainConfig(optimizer="muon"))
+    assert [type(o) for o in optimizers] == [torch.optim.AdamW, train.Muon]
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    return model, optimizers, scaler
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("value, scale", [(math.inf, 1024.0), (math.nan, 1024.0), (math.nan, None)])
+def test_a_gradient_that_is_no_number_moves_no_weight_of_either_optimizer(bad, value, scale):
+    model, optimizers, scaler = two_optimizers(scale)
+    world = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def step(*factors):
+        return train.train_step(model, [torch.tensor(factors)], 1, optimizers, scaler, 1.0, world)[1]
+    norm = step(*(value if i == bad else 1.0 for i in range(2)))
+    assert not norm.isfinite() and all(map(torch.equal, before, model.parameters()))
+    if scale:
+        assert scaler.get_scale() == scale / 2
+    assert step(1.0, 1.0).isfinite()
+    assert not any(map(torch.equal, before, model.parameters()))
 
 
 # --- Speed --------------------------------------------------------------------------------------------------
