@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.checkpoint import DEFAULT_RUN, check_tokenizer, load_checkpoint, select_device
+from data.checkpoint import DEFAULT_RUN, load_checkpoint, load_tokenizer, select_device
 from data.prepare import Parser, load_data, within
 
 @dataclass
@@ -35,21 +35,20 @@ class AutoencoderConfig:
     kl_clip: float = 0.5       # nats below which a dimension's KL term does not push
 
     def __post_init__(self):
-        check_sizes(self)
-        for name, most in (("dropout", 1), ("token_mask", 1), ("kl_weight", math.inf), ("kl_clip", math.inf)):
-            value = getattr(self, name)
-            check(0 <= value < most, f"{name} must be in [0, {most}), not {value}")
+        check_numbers(self)
+        for name in ("dropout", "token_mask"):
+            check(getattr(self, name) < 1, f"{name} must be below 1, not {getattr(self, name)}")
 
 def check(fine, message):
     """Of a config. The message begins with the field's name, which train.py makes a flag."""
     if not fine:
         raise ValueError(message)
 
-def check_sizes(config):
-    """Every whole number in a config must be at least 1, or 0 where that is its default."""
-    for f in fields(config):
-        least, value = 0 if f.default == 0 else 1, getattr(config, f.name)
-        check(f.type is not int or value >= least, f"{f.name} must be at least {least}, not {value}")
+def check_numbers(config):
+    """Of a config: whole numbers must be at least 1, or 0 where that is the default; others at least 0."""
+    for f in (f for f in fields(config) if f.type in (int, float)):
+        least, value = int(f.type is int and f.default != 0), getattr(config, f.name)
+        check(least <= value < math.inf, f"{f.name} must be at least {least} and finite, not {value}")
 
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm in float32, also under autocast (CUDA does so by itself, CPU does not)."""
@@ -196,7 +195,7 @@ def main():
     model = Autoencoder(AutoencoderConfig(**checkpoint["config"])).eval()
     model.load_state_dict(checkpoint["model"])
     data = load_data(args.data or checkpoint["data"]["name"])
-    check_tokenizer(checkpoint, data)
+    load_tokenizer(checkpoint, data)   # which must be the same
     K, L = model.config.chunk_size, model.config.latent_dim
     length = 512 // K * K
     tokens = data.batch("val", data.even_offsets("val", args.windows, length), length)

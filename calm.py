@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check, check_sizes, init_weights,
+from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check, check_numbers, init_weights,
                          posterior_samples)
 from data.checkpoint import DEFAULT_RUN, cast_matrices, load_checkpoint, load_tokenizer, read_official
 from data.prepare import encode, fail, get_tokenizer
@@ -58,7 +58,6 @@ class CALMConfig:
         check(self.num_evals in head.evals, f"num_evals must be in {head.evals}, not {self.num_evals}")
         check(self.num_samples > 1, f"num_samples must be at least 2, to compare, not {self.num_samples}")
         check(0 < self.alpha < 2, f"alpha must be in (0, 2), where the score is proper, not {self.alpha}")
-        check(0 <= self.aux_weight < math.inf, f"aux_weight must be a number, not {self.aux_weight}")
         self.aux_every = math.ceil(self.vocab_size / 4096)   # 1: at all positions; large V: few have memory
 
 @dataclass
@@ -74,7 +73,7 @@ class ARConfig:
         check_backbone(self)
 
 def check_backbone(config):
-    check_sizes(config)
+    check_numbers(config)
     D, heads = config.n_embd, config.n_head
     check(D % (2 * heads) == 0, f"n_embd {D} must be divisible by n_head {heads}, into an even width each")
 
@@ -313,10 +312,9 @@ class DiffusionHead(TimeNet):
         angle = (torch.arange(1001, dtype=torch.float64, device="cpu") / 1000 + 0.008) / 1.008 * math.pi / 2
         beta = (1 - angle[1:].cos() ** 2 / angle[:-1].cos() ** 2).clamp_max(0.999)   # the cosine schedule
         self.a = (1 - beta).cumprod(0)                                    # (1000,): how much of z is left
-        times = torch.linspace(999, 0, config.num_evals, device="cpu").round().long().flip(0)
-        for name, value in (("table", self.coefficients(self.a)),         # of all the steps, for the loss
-                            ("times", times), ("steps", self.coefficients(self.a[times]))):   # to sample by
-            self.register_buffer(name, value, persistent=False)
+        self.times = torch.linspace(999, 0, config.num_evals, device="cpu").round().long().flip(0)
+        self.register_buffer("table", self.coefficients(self.a), persistent=False)   # to train and to sample
+        self.register_buffer("steps", self.coefficients(self.a[self.times]), persistent=False)
 
     @staticmethod
     def coefficients(a):
@@ -356,7 +354,8 @@ class DiffusionHead(TimeNet):
         x = torch.randn(shape, device=h.device) if noise is None else noise
         for i in reversed(range(len(self.times))):
             root_a, root_1_a, of_z, of_x, log_low, log_high = self.steps[:, i]
-            predicted, v = self(x, self.times[i].expand(shape[:-1]), h).chunk(2, dim=-1)
+            t = torch.full(shape[:-1], int(self.times[i]), device=h.device)
+            predicted, v = self(x, t, h).chunk(2, dim=-1)
             z = ((x - root_1_a * predicted) / root_a).clamp(-10, 10)   # root_a is 5e-5 at first: errors grow
             x = of_z * z + of_x * x
             if i:

@@ -1,7 +1,6 @@
 """
 BrierLM: how well does a model predict, judged from its samples alone (paper section 4)?
 
-    python eval_brier.py --model ar             # the baseline, at the same positions as CALM
     python eval_brier.py --num_draws 2 --json   # the paper's two-sample estimate
     python eval_brier.py --frontier             # accuracy against collision rate, over temperatures
     python eval_brier.py --plot curves.svg out/*   # BrierLM over training FLOPs, from the logs of runs
@@ -13,7 +12,6 @@ Shapes: S samples, P positions, B windows, K tokens in a chunk, D width of h.
 """
 import json
 import math
-import signal
 from html import escape
 from pathlib import Path
 
@@ -22,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from calm import AR, KVCache
-from data.checkpoint import autocast, check_tokenizer, out_of_memory, read_log
-from data.prepare import Parser, fail, load_data, within
+from data.checkpoint import autocast, load_tokenizer, read_log
+from data.prepare import Parser, fail, load_data, script, within
 from sample import add_model_flags, check_vocabulary, generate, load
 
 def hit_and_collision(samples, targets):
@@ -205,7 +203,7 @@ def plot(path, folders, width=720, height=420):
         fail(f"could not write {path} ({error.strerror}): name a file in a folder that exists")
     print(f"{len(lines)} curves in {path}")
 
-@out_of_memory("lower --num_draws or --context")
+@script("lower --num_draws or --context")
 def main():
     parser = Parser(description="BrierLM of a checkpoint, with a standard error.")
     add = parser.add_argument
@@ -232,7 +230,7 @@ def main():
     if args.official:
         check_vocabulary(model, data.tokenizer)
     else:
-        check_tokenizer(checkpoint, data)
+        load_tokenizer(checkpoint, data)   # which must be the same
         args.stride = args.stride or checkpoint["settings"]["stride"]   # the baseline's is CALM's
 
     def measure(progress=True, **sampling):
@@ -250,5 +248,4 @@ def main():
         print(json.dumps({**result, "step": checkpoint["step"] if checkpoint else None}))
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it at once, without a traceback
     main()

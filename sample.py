@@ -1,15 +1,11 @@
 """
 Text from a checkpoint.
 
-    python sample.py --start "def main(" --temperature 0.5
-    python sample.py --chunks                                  # where does one chunk end, and the next begin?
-    python sample.py --model ar --num_texts 3 --temperature 0.7
+    python sample.py --start "def main(" --temperature 0.5 --chunks
     git diff | python sample.py --start - --max_new_tokens 1000
-    python sample.py --official CALM-M --tokenizer tokenizer.model --start "The history of"
 """
 import codecs
 import math
-import signal
 import sys
 import time
 from functools import partial
@@ -19,9 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from calm import KVCache, load_model, load_official, temperature_exact
-from data.checkpoint import (DEFAULT_RUN, autocast, load_tokenizer, out_of_memory, select_device,
-                             select_dtype)
-from data.prepare import Parser, encode, eot_token, fail, get_tokenizer, within
+from data.checkpoint import DEFAULT_RUN, autocast, load_tokenizer, select_device, select_dtype
+from data.prepare import Parser, encode, eot_token, fail, get_tokenizer, script, within
 
 def pad_front(prompt, chunk_size, eot):
     """Prompt (B, P) -> (B, P') with P' a positive multiple of K: end-of-text in front, as before any
@@ -109,45 +104,34 @@ def check_vocabulary(model, tokenizer):
         fail(f"the model has a vocabulary of {V:,}, {tokenizer.name} one of {tokenizer.n_vocab:,}")
 
 def write(model, tokenizer, prompt, eot, args, sampling):
-    """Draw the texts, one a row of the prompt; the first one streams, the others follow when all are done."""
+    """Print the prompt (1, P), and what follows as it is drawn."""
     def until_eot(tokens):
         return tokens[:tokens.index(eot)] if eot in tokens else tokens
-
-    def mark(text, number):   # where a chunk begins: two colours in turn in a terminal, a bar elsewhere
-        if not args.chunks or not text:
-            return text
-        return f"\033[{33 + 3 * (number % 2)}m{text}\033[0m" if sys.stdout.isatty() else f"|{text}"
 
     def read(tokens, final=False):   # a character may end in the next chunk
         return decoder.decode(tokenizer.decode_bytes([t for t in tokens if t < tokenizer.n_vocab]), final)
 
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    texts, began, K = [[] for _ in prompt], time.time(), model.chunk_size
-    print(start := show(tokenizer, until_eot(prompt[0].tolist())), end="", flush=True)
-    sampling = dict(temperature=args.temperature, eot=eot, **sampling)
-    for number, new in enumerate(stream(model, prompt, args.max_new_tokens, **sampling)):
-        shown = len(until_eot(texts[0]))
-        for text, tokens in zip(texts, new.tolist()):
-            text += tokens[:args.max_new_tokens - len(text)]
-        print(mark(read(until_eot(texts[0])[shown:]), number), end="", flush=True)
-    print(read([], final=True), end="")
-    seconds, texts = time.time() - began, [until_eot(text) for text in texts]
-    for text in texts[1:]:
-        parts = [mark(read(text[i:i + K]), i // K) for i in range(0, len(text), K)]
-        print(f"\n{'-' * 80}\n{start}{''.join(parts)}{read([], final=True)}", end="")
-    total = sum(map(len, texts))
-    print(f"\n[{total} tokens in {seconds:.1f} s, {total / seconds:.0f} tokens/s]", file=sys.stderr)
+    made, began = 0, time.time()
+    print(show(tokenizer, until_eot(prompt[0].tolist())), end="", flush=True)
+    for new in stream(model, prompt, args.max_new_tokens, args.temperature, eot, **sampling):
+        tokens = until_eot(new[0].tolist())[:args.max_new_tokens - made]
+        made, text = made + len(tokens), read(tokens)
+        print("|" + text if args.chunks and text else text, end="", flush=True)
+    seconds = time.time() - began
+    print(read([], final=True))
+    print(f"[{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s]", file=sys.stderr)
 
-@out_of_memory("lower --num_texts or --num_candidates")
+@script("lower --num_candidates")
 def main():
     parser = Parser(description="Write text with a trained model.")
     add = parser.add_argument
     add_model_flags(add)
     add("--tokenizer", help="of --official: Llama 3's tiktoken-format file; None: DIR/tokenizer.model")
     add("--start", default="", help="the prompt, or - for stdin; empty starts a document")
-    add("--num_texts", type=within(1), default=1, help="texts, drawn as one batch")
+    add("--num_texts", type=within(1), default=1, help="texts, one after the other")
     add("--max_new_tokens", type=within(1), default=500, help="tokens a text, if no end-of-text comes first")
-    add("--chunks", action="store_true", help="show the chunks: two colours, or a bar between them")
+    add("--chunks", action="store_true", help="a bar before each chunk")
     add("--temperature", type=float, default=1.0, help="in (0, 1]")
     add("--sampler", default="batch", choices=("batch", "exact"), help="Algorithm 2 (fast) or 1 (exact)")
     add("--num_candidates", type=within(1), default=200, help="of batch: candidate chunks, at least 1/T")
@@ -165,17 +149,18 @@ def main():
     context = model.config.block_size * model.chunk_size
     if len(ids) > context:
         print(f"[a prompt of {len(ids):,} tokens: going on from its last {context:,}]", file=sys.stderr)
-    prompt = torch.tensor([ids[-context:] or [eot]] * args.num_texts, device=device)   # empty: a new document
+    prompt = torch.tensor([ids[-context:] or [eot]], device=device)   # empty: a new document
     sampling = {"num_candidates": args.num_candidates}
     if args.sampler == "exact":
         sampling = {"exact": partial(temperature_exact, max_calls=args.max_calls)}
     torch.manual_seed(args.seed)
     try:
         with autocast(device, dtype):
-            write(model, tokenizer, prompt, eot, args, sampling)
+            for number in range(args.num_texts):
+                print("-" * 80 + "\n" if number else "", end="")
+                write(model, tokenizer, prompt, eot, args, sampling)
     except ValueError as error:   # a temperature that does not fit
         fail(f"--{error}")
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends it at once, without a traceback
     main()

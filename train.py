@@ -3,8 +3,6 @@ The one training loop: stage 1 the autoencoder, stage 2 CALM (or the token-by-to
 
     python train.py                                    # data, autoencoder, CALM, BrierLM, samples: all of it
     python train.py --model ar --match_flops out/stdlib   # the baseline at the same training FLOPs
-    python train.py --resume                           # go on where an interrupted run stopped
-    python train.py --chunk_size 8 --out_dir out/k8    # the other sizes follow
     torchrun --nproc_per_node 8 train.py --preset M    # several GPUs, one process each
 
 A run lives in --out_dir: autoencoder.pt, calm.pt or ar.pt, and log.jsonl. A micro-batch seeds its own noise
@@ -30,12 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval_brier
-from autoencoder import Autoencoder, AutoencoderConfig, check, check_sizes
+from autoencoder import Autoencoder, AutoencoderConfig, check_numbers
 from calm import AR, CALM, HEADS, ARConfig, CALMConfig, flops_per_token
-from data.checkpoint import (autocast, cast_matrices, load_checkpoint, open_checkpoint, out_of_memory,
-                             rewind_log, save_checkpoint, saved_settings, select_device, select_dtype,
-                             write_log)
-from data.prepare import Parser, fail, load_data, within
+from data.checkpoint import (autocast, cast_matrices, load_checkpoint, open_checkpoint, rewind_log,
+                             save_checkpoint, saved_settings, select_device, select_dtype, write_log)
+from data.prepare import Parser, fail, load_data, script, within
 from sample import continue_text
 
 STAGES = ("autoencoder", "calm", "ar")
@@ -55,10 +52,7 @@ class TrainConfig:
     grad_accum: int = 32       # micro-batches a step, shared among the processes (at least one each)
 
     def __post_init__(self):
-        check_sizes(self)
-        for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "decay_frac"):
-            value = getattr(self, name)
-            check(0 <= value < math.inf, f"{name} must be a number from 0 on, not {value}")
+        check_numbers(self)
 
 # Any flag given wins. latent_dim and block_size are for chunks of 4: they follow another --chunk_size.
 PAPER = dict(latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
@@ -337,8 +331,8 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
     world.say(f"{stage}: {size:,} parameters, {config.max_steps:,} steps of {tokens_per_step:,} tokens, "
               f"{token_flops * tokens_per_step * config.max_steps:.2e} FLOPs, on "
               f"{world.size} x {world.device.type} in {world.dtype}{', compiled' if world.compile else ''}")
-    log, started = args.out_dir / "log.jsonl", time.time()
-    earlier_seconds = rewind_log(log, stage, first - 1) if world.main else 0.0
+    log = args.out_dir / "log.jsonl"
+    started = time.time() - (rewind_log(log, stage, first - 1) if world.main else 0.0)   # without evaluations
     bar = tqdm(total=config.max_steps, initial=first - 1, desc=stage, unit="step", disable=not world.main)
     world.listen()
     for step in range(first, config.max_steps + 1):
@@ -352,9 +346,7 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
         last = step == config.max_steps
         evaluating = last or step % args.eval_interval == 0
         logging = evaluating or step == 1 or step % args.log_interval == 0
-        stopping = world.interrupted
-        if world.size > 1:   # all of the processes, or none
-            stopping = logging and world.mean(world.interrupted) > 0
+        stopping = world.mean(world.interrupted) > 0   # all of the processes, or none
         bad = not (norm.isfinite() or scaler.is_enabled())   # float16: a step without an update, now and then
         if not (logging or stopping or bad):
             continue
@@ -367,14 +359,14 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
         seconds, metrics = time.time() - started, {}
         if evaluating:
             metrics = validate(stage, model, args, data, world, length, brier_windows=0 if last else 32)
-            started = time.time() - seconds   # evaluation does not count
+            started = time.time() - seconds
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             world.say(f"{stage} step {step}: loss {loss:.4g}, {shown}")
-        speed = (step - first + 1) * tokens_per_step / seconds
+        speed = step * tokens_per_step / seconds
         bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"})
         if world.main:
             write_log(log, "a", {"stage": stage, "step": step, "loss": loss, "tokens": step * tokens_per_step,
-                                 "seconds": round(earlier_seconds + seconds, 2), "lr": factor * config.lr,
+                                 "seconds": round(seconds, 2), "lr": factor * config.lr,
                                  "flops": flops_at(step), **metrics})
             if stopping or evaluating:
                 save(step)
@@ -394,12 +386,12 @@ def finish(model, args, data, world, flops):
     write_log(args.out_dir / "log.jsonl", "a", {"stage": args.model, "step": args.max_steps, "seconds": 0.0,
                                                 "flops": flops, "final": True, **result})
     continue_text(model, data, world.device, world.dtype, args.seed)
-    print(f"Next:\n  python sample.py --out_dir {args.out_dir} --model {args.model} --temperature 0.5")
+    out = args.out_dir
+    print(f"Next:\n  python sample.py --out_dir {out} --model {args.model} --temperature 0.5")
     if args.model == "calm":   # the baseline at equal cost
-        out = args.out_dir
         print(f"  python train.py --model ar --match_flops {out} --data {args.data} --out_dir {out}")
 
-@out_of_memory("lower --batch_size (raise --grad_accum as much), --block_size or --num_targets")
+@script("lower --batch_size (raise --grad_accum as much), --block_size or --num_targets")
 def main():
     args = parse_args(sys.argv[1:])
     world = World(args)

@@ -1,6 +1,5 @@
 """
-What a run leaves on disk, its checkpoints and its log; the directories in which the authors publish their
-models; the device and the precision that a model is loaded to.
+What a run leaves on disk; the directories in which the authors publish their models; device and precision.
 A checkpoint is a dict of tensors and plain values, read with `weights_only=True`: it cannot run code.
 """
 import json
@@ -8,7 +7,7 @@ import math
 import os
 import re
 import zipfile
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,17 +27,8 @@ def select_device(name="auto"):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
     if not there.get(name.split(":")[0]):
-        usable = [device for device in there if there[device]]
-        fail(f"no device {name!r} here: use --device auto or one of {', '.join(usable)}")
+        fail(f"no device {name!r} here: use --device auto, or {', '.join(filter(there.get, there))}")
     return torch.device(name)
-
-@contextmanager
-def out_of_memory(advice):
-    """Of a script's main: a card that is full ends in one line, which says what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        fail(f"{str(error).split('. ')[0]}: {advice}")
 
 def select_dtype(name, device):
     """`auto` -> bfloat16 where the processor multiplies it fast; else float32, on CUDA float16."""
@@ -145,19 +135,14 @@ def rewind_log(path, stage, step):
     write_log(path, "w", *entries)
     return max((entry["seconds"] for entry in entries if entry["stage"] == stage), default=0.0)
 
-def load_tokenizer(checkpoint):
-    """The tokenizer of a checkpoint -> tiktoken.Encoding."""
-    tokenizer = get_tokenizer(checkpoint["data"]["tokenizer"])
-    if fingerprint_tokenizer(tokenizer) != checkpoint["data"]["tokenizer_fingerprint"]:
-        fail(f"{tokenizer.name} is no longer the tokenizer that the checkpoint was trained with")
+def load_tokenizer(checkpoint, data=None):
+    """The tokenizer of a checkpoint, or of data for it, which must be the same -> tiktoken.Encoding."""
+    theirs = checkpoint["data"]
+    tokenizer = data.tokenizer if data else get_tokenizer(theirs["tokenizer"])
+    if fingerprint_tokenizer(tokenizer) != theirs["tokenizer_fingerprint"]:
+        fail(f"the model was trained with the tokenizer {theirs['tokenizer']}, and {tokenizer.name} is not, "
+             f"or no longer, that one: prepare the data with --tokenizer {theirs['tokenizer']}")
     return tokenizer
-
-def check_tokenizer(checkpoint, data):
-    """A model reads only the vocabulary that it was trained on."""
-    theirs, ours = checkpoint["data"], data.meta
-    if theirs["tokenizer_fingerprint"] != ours["tokenizer_fingerprint"]:
-        fail(f"the checkpoint was trained with the tokenizer {theirs['tokenizer']}, but the data "
-             f"{ours['name']!r} has {ours['tokenizer']}: prepare it with --tokenizer {theirs['tokenizer']}")
 
 # --- Directories as the authors publish them ------------------------------------------------------------
 # Names and sizes, theirs -> ours, where they differ.

@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import urllib.request
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -51,6 +52,16 @@ def fail(message):
     """The user's mistake: one line on stderr, exit code 2, no traceback."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+@contextmanager
+def script(when_full):
+    """Around a script's main: Ctrl-C ends it without a traceback, a full card in a line of what to lower."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).split('. ')[0]}: {when_full}")
 
 class Parser(argparse.ArgumentParser):
     """argparse that shows every default, and whose errors are one line."""
