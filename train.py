@@ -64,7 +64,7 @@ PRESETS = {
     "nano": dict(SMALL, n_layer=4, n_embd=128, n_head=2, n_ff=344, n_head_layer=1, batch_size=4,
                  max_steps=3140, ae_n_embd=192, ae_n_ff=96, ae_batch_size=8, ae_max_steps=350),
     "mini": dict(SMALL, data="site-packages", n_layer=12, n_embd=1024, n_head=16, n_ff=2752, n_head_layer=3,
-                 block_size=256, batch_size=12, grad_accum=5, max_steps=5000, ae_n_embd=256, ae_n_ff=128,
+                 block_size=256, batch_size=8, grad_accum=8, max_steps=4700, ae_n_embd=256, ae_n_ff=128,
                  ae_batch_size=16, ae_max_steps=2000),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
     "M": dict(PAPER, n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
