@@ -347,7 +347,7 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
         evaluating = last or step % args.eval_interval == 0
         logging = evaluating or step == 1 or step % args.log_interval == 0
         stopping = world.mean(world.interrupted) > 0   # all of the processes, or none
-        bad = not (norm.isfinite() or scaler.is_enabled())   # float16: a step without an update, now and then
+        bad = not norm.isfinite() and scaler.get_scale() <= 1   # float16 tries smaller scales first
         if not (logging or stopping or bad):
             continue
         loss = world.mean(loss)
