@@ -2,11 +2,10 @@
 The one training loop: stage 1 the autoencoder, stage 2 CALM (or the token-by-token baseline).
 
     python train.py                                    # data, autoencoder, CALM, BrierLM, samples: all of it
-    python train.py --model ar --match_flops out/stdlib   # the baseline at the same training FLOPs
     torchrun --nproc_per_node 8 train.py --preset M    # several GPUs, one process each
 
 A run lives in --out_dir: autoencoder.pt, calm.pt or ar.pt, and log.jsonl. A micro-batch seeds its own noise
-from (seed, stage, step, its number): a resumed run, or one on more processes, draws the same.
+from (seed, stage, step, its number): the same when resumed, on as many processes as divide --grad_accum.
 """
 import atexit
 import inspect
@@ -168,7 +167,7 @@ class World:
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.device))
             return True
         except Exception as error:   # whatever is missing
-            self.say(f"not compiled: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
+            self.say(f"not compiled: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
             return False
 
     def listen(self):
@@ -194,7 +193,7 @@ class World:
 # --- Optimizers, schedule, one step ---------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024), for matrices: their momentum, made orthogonal. torch.optim.Muon does so in
-    bfloat16, seconds a step on a processor that has none; here it is done in what the processor has."""
+    bfloat16, seconds a step on a processor that has none; here, whatever --dtype, where bfloat16 is fast."""
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -206,8 +205,10 @@ class Muon(torch.optim.Optimizer):
                 same_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), matrices in same_shape.items():
                 g = torch.stack([p.grad for p in matrices])               # (n, rows, columns)
-                average = self.state[matrices[0]].setdefault("averages", torch.zeros_like(g))   # of all n
-                average.lerp_(g, 1 - group["momentum"])
+                state = self.state[matrices[0]]                           # of all n together
+                if not state:
+                    state["average"] = torch.zeros_like(g)
+                average = state["average"].lerp_(g, 1 - group["momentum"])
                 step_size = group["lr"] * max(1, rows / columns) ** 0.5
                 updates = step_size * orthogonal(g.lerp(average, group["momentum"]))   # Nesterov's
                 for p, update in zip(matrices, updates):
@@ -215,7 +216,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(g):
     """Matrices g = U S V^T (n, rows, columns) -> about U V^T: five Newton-Schulz steps, each of which takes
-    every singular value s to a s + b s^3 + c s^5, from (0, 1] to about 1."""
+    every singular value s to a s + b s^3 + c s^5: from (0, 1] to about 1, where s is not tiny."""
     a, b, c = 3.4445, -4.7750, 2.0315
     fast = select_dtype("auto", g.device)
     x = g.to(torch.float32 if fast == torch.float16 else fast)
@@ -353,9 +354,9 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
         loss = world.mean(loss)
         if bad or not math.isfinite(loss):
             bar.close()
-            kept = f"{path} holds the last good step" if path.exists() else "nothing was saved yet"
+            kept = f"{path} holds an earlier step" if path.exists() else "nothing was saved yet"
             fail(f"the loss of {stage} is {loss}, its gradient's norm {norm}, at step {step}; {kept}: "
-                 f"lower --lr or --muon_lr")
+                 f"lower --{flag('lr', stage)} or --{flag('muon_lr', stage)}")
         seconds, metrics = time.time() - started, {}
         if evaluating:
             metrics = validate(stage, model, args, data, world, length, brier_windows=0 if last else 32)
@@ -391,7 +392,7 @@ def finish(model, args, data, world, flops):
     if args.model == "calm":   # the baseline at equal cost
         print(f"  python train.py --model ar --match_flops {out} --data {args.data} --out_dir {out}")
 
-@script("lower --batch_size (raise --grad_accum as much), --block_size or --num_targets")
+@script("lower --batch_size (in stage 1 --ae_batch_size) and raise --grad_accum as much")
 def main():
     args = parse_args(sys.argv[1:])
     world = World(args)
@@ -423,7 +424,7 @@ def main():
             fail(f"the autoencoder alone cost {flops:.2e} of {total:.2e} FLOPs: lower --ae_max_steps")
         sequences = math.ceil(args.grad_accum / world.size) * world.size * args.batch_size   # a step
         steps = round((total - flops) / token_flops / sequences / args.context) or 1
-        args.max_steps = round(world.mean(steps))   # of all processes the same, whatever each has read
+        args.max_steps = round(world.mean(steps))   # the same on all processes
     flops = train(args.model, model, args, data, world, token_flops, flops, **extra)
     if world.main:
         finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops)

@@ -19,8 +19,7 @@ from data.prepare import fail, fingerprint_tokenizer, get_tokenizer
 FORMAT = 2   # of checkpoints; the earlier ones, which have no number, hold other models
 
 # --- Device and precision -------------------------------------------------------------------------------
-# Where `python train.py` leaves its run on this machine.
-DEFAULT_RUN = "out/site-packages" if torch.cuda.is_available() else "out/stdlib"
+DEFAULT_RUN = "out/site-packages" if torch.cuda.is_available() else "out/stdlib"   # train.py's, without flags
 
 def select_device(name="auto"):
     """`auto` -> cuda if it is there, else cpu; or the named device. MPS, never tried, only by its name."""

@@ -506,7 +506,8 @@ def test_a_gradient_that_is_not_a_number_stops_the_run(dtype, step, foxes, tmp_p
                  "--max_steps", 40)
     assert result.code == 2 and f"its gradient's norm nan, at step {step}:" in result.err.replace(";", ":")
     checkpoint = checkpoint_of(out, "ar")
-    assert checkpoint["step"] == (step - 1) // 10 * 10 and all(v.isfinite().all() for v in checkpoint["model"].values())
+    assert checkpoint["step"] == (step - 1) // 10 * 10
+    assert all(v.isfinite().all() for v in checkpoint["model"].values())
 
 
 # --- Faults in files ----------------------------------------------------------------------------------------
@@ -693,8 +694,8 @@ def test_without_a_compiler_a_run_goes_on_uncompiled_and_says_so(foxes, tmp_path
     result = run(train, "--data", foxes, "--out_dir", tmp_path / "out", *SHORT, "--compile", "on",
                  "--model", "ar", "--max_steps", 2)
     assert result.code == 0
-    assert "not compiled: RuntimeError: Cannot find a working triton installation\n" in result.out
-    assert ", compiled" not in result.out
+    said = "not compiled: RuntimeError: Cannot find a working triton installation and more lines\n"
+    assert said in result.out and ", compiled" not in result.out
 
 
 def test_a_full_card_is_one_line(foxes, trained, tmp_path, run, monkeypatch):
