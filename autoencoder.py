@@ -170,7 +170,6 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 # --- Run it: what is this latent space like? ------------------------------------------------------------
-@torch.no_grad()
 def accuracy(model, chunks, noise):
     """Decode chunks (P, K) from vectors near their means -> share of tokens, of whole chunks that are right.
     noise: a standard deviation around the mean, or "posterior" for the encoder's own."""
@@ -182,6 +181,7 @@ def accuracy(model, chunks, noise):
     right = torch.cat(right).float()                                   # (P, K)
     return right.mean().item(), right.prod(-1).mean().item()
 
+@torch.no_grad()
 def main():
     parser = Parser(description="How faithful, how robust is the latent space of an autoencoder?")
     add = parser.add_argument
@@ -209,8 +209,7 @@ def main():
         name = {0.0: "mean", "posterior": "posterior"}.get(noise, f"sigma_{noise}")
         found[name], whole = accuracy(model, chunks, noise)
         print(f"{name:18} {100 * found[name]:11.3f}% {100 * whole:12.3f}%")
-    with torch.no_grad():
-        mean, log_std = model.encode(chunks)
+    mean, log_std = model.encode(chunks)
     kl = kl_to_normal(mean, log_std).mean(0)                           # of each dimension, (L,)
     active, sigma = int((kl > 0.1).sum()), log_std.exp().mean().item()
     print(f"\nmean sigma of the posterior {sigma:.3f}; KL {kl.sum():.1f} nats a chunk; "

@@ -1,7 +1,6 @@
 """
 BrierLM: how well does a model predict, judged from its samples alone (paper section 4)?
 
-    python eval_brier.py --num_draws 2 --json   # the paper's two-sample estimate
     python eval_brier.py --frontier             # accuracy against collision rate, over temperatures
     python eval_brier.py --plot curves.svg out/*   # BrierLM over training FLOPs, from the logs of runs
 
@@ -191,12 +190,11 @@ def plot(path, folders, width=720, height=420):
     lowest = height   # labels from the lowest curve's end to the highest, at least 15 units apart
     for i, (run, stage, points) in enumerate(sorted(lines, key=lambda line: line[2][-1][1])):
         color = f"hsl({360 * i // len(lines)}, 70%, 40%)"
-        dash, label = (' stroke-dasharray="5 4"', f"{run} (AR)") if stage == "ar" else ("", run)
         corners = [place(*point) for point in points]
         lowest = min(lowest - 15, corners[-1][1] + 4)
         svg += [f'<polyline points="{" ".join(f"{x},{y}" for x, y in corners)}" fill="none" '
-                f'stroke="{color}" stroke-width="2"{dash}/>',
-                text(corners[-1][0] + 6, lowest, label, f'fill="{color}"')]
+                f'stroke="{color}" stroke-width="2"/>',
+                text(corners[-1][0] + 6, lowest, run + " (AR)" * (stage == "ar"), f'fill="{color}"')]
     try:
         Path(path).write_text("\n".join([*svg, "</svg>"]) + "\n")
     except OSError as error:

@@ -2,7 +2,6 @@
 Text from a checkpoint.
 
     python sample.py --start "def main(" --temperature 0.5 --chunks
-    git diff | python sample.py --start - --max_new_tokens 1000
 """
 import codecs
 import math
@@ -68,7 +67,6 @@ def continue_text(model, data, device, dtype, seed, new_tokens=300):
             text = generate(model, prompt, new_tokens, temperature, eot_token(data.tokenizer))
         print(f"--- continued by the model at T = {temperature:g} {'-' * 43}")
         print(show(data.tokenizer, text[0, prompt.shape[1]:].tolist()))
-    print("-" * 80)
 
 def show(tokenizer, tokens):
     """ids -> str, without the [PAD] of a published model, which is in no tokenizer."""
@@ -129,7 +127,6 @@ def main():
     add_model_flags(add)
     add("--tokenizer", help="of --official: Llama 3's tiktoken-format file; None: DIR/tokenizer.model")
     add("--start", default="", help="the prompt, or - for stdin; empty starts a document")
-    add("--num_texts", type=within(1), default=1, help="texts, one after the other")
     add("--max_new_tokens", type=within(1), default=500, help="tokens a text, if no end-of-text comes first")
     add("--chunks", action="store_true", help="a bar before each chunk")
     add("--temperature", type=float, default=1.0, help="in (0, 1]")
@@ -156,9 +153,7 @@ def main():
     torch.manual_seed(args.seed)
     try:
         with autocast(device, dtype):
-            for number in range(args.num_texts):
-                print("-" * 80 + "\n" if number else "", end="")
-                write(model, tokenizer, prompt, eot, args, sampling)
+            write(model, tokenizer, prompt, eot, args, sampling)
     except ValueError as error:   # a temperature that does not fit
         fail(f"--{error}")
 

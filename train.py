@@ -372,7 +372,6 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
             if stopping or evaluating:
                 save(step)
         if stopping and not last:
-            bar.close()
             world.say(f"interrupted at step {step}, saved to {path}. Go on with: python train.py --resume "
                       f"--model {args.model} --data {args.data} --out_dir {args.out_dir}")
             raise SystemExit(130)

@@ -4,7 +4,6 @@ Text to tokens on disk: data/<name>/{train.bin, val.bin, meta.json}.
     python data/prepare.py                        # the standard library of this Python, as bytes: no network
     python data/prepare.py shakespeare            # or tinystories, enwik8, wikitext103-test: downloaded
     python data/prepare.py notes/ book.txt.gz --name mine --tokenizer gpt2
-    cat book.txt | python data/prepare.py - --name book
 
 Tokens go to disk as they come, so a text may be larger than memory. A document ends in the end-of-text token
 and is held out for validation or not by a hash of its own text: adding a file moves no other.

@@ -7,7 +7,8 @@ Speed and memory of any configuration, with random weights and random tokens: no
 
 A training step and the share of each part in it, then generation by CALM and by the token-by-token baseline.
 A part's share is its time alone, backward pass included, over that of a step. They need not add up to 1: the
-auxiliary loss and the gradient's norm are in none of them.
+auxiliary loss and the gradient's norm are in none of them. Step, parts and a large matrix product take turns,
+and each figure is a median over rounds of a quotient within a round: a machine's speed changes meanwhile.
 """
 import json
 import statistics
@@ -27,22 +28,23 @@ from data.checkpoint import autocast, cast_matrices
 from data.prepare import Parser, within
 from sample import generate
 
-def median_seconds(function, device, seconds):
-    """Median time of a call after a warm-up, over at least 3 calls and about `seconds`."""
-    times = []
-    while len(times) < 4 or sum(times[1:]) < seconds:
-        began = time.perf_counter()
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+def rounds(functions, device, seconds):
+    """Times of functions {name: function} that take turns -> a list of {name: seconds}, one a round: at least
+    3 after a warm-up, and about `seconds` for each function."""
+    times, began = [], time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - began < seconds * len(functions):
+        times.append({})
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            times[-1][name] = time.perf_counter() - start
+    return times[1:]
 
-def peak_flops(device, dtype):
-    """FLOPs a second that this machine reaches on one large matrix product."""
-    n = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n ** 3 / median_seconds(lambda: a @ b, device, 0.1)
+def median_seconds(function, device, seconds):
+    """Median time of a call."""
+    return statistics.median(times["it"] for times in rounds({"it": function}, device, seconds))
 
 def peak_memory_gb(device):
     """The most that was allocated on a CUDA device so far, elsewhere by the whole process (0 on Windows)."""
@@ -56,7 +58,8 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 def training(model, args, world, seconds):
-    """-> tokens a second, peak memory, and the share of each part in a step."""
+    """-> tokens a second, peak memory in GB, FLOPs of large matrix products in the time of a step, and the share
+    of each part in that time."""
     device, K, c = world.device, args.chunk_size, model.config
     config = train.config_of(train.TrainConfig, args, "calm")
     tokens = torch.randint(c.vocab_size, (config.batch_size, args.context + K), device=device)
@@ -64,8 +67,11 @@ def training(model, args, world, seconds):
     scaler = torch.amp.GradScaler(device.type, enabled=world.dtype == torch.float16)
     compiled = torch.compile if world.compile else lambda function: function
     compute = compiled(model)
-    step = median_seconds(lambda: train.train_step(compute, [tokens], 1, optimizers, scaler,
-                                                   config.grad_clip, world), device, seconds)
+
+    def step():
+        train.train_step(compute, [tokens], 1, optimizers, scaler, config.grad_clip, world)
+    for _ in range(2):
+        step()
     memory = peak_memory_gb(device)
 
     chunks = tokens[:, K:].unflatten(1, (-1, K))                          # (B, T, K)
@@ -87,12 +93,23 @@ def training(model, args, world, seconds):
             y = part()
         if y.requires_grad:
             y.sum().backward()
-    times = {name: median_seconds(partial(run, compiled(part)), device, seconds)
-             for name, part in parts.items()}
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    times["optimizer"] = median_seconds(lambda: [o.step() for o in optimizers], device, seconds)
-    return chunks.numel() / step, memory, {name: time / step for name, time in times.items()}
+
+    def optimize():
+        for p in model.parameters():
+            p.grad = gradient.get(p)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+    gradient = {p: torch.randn_like(p) for p in model.parameters() if p.requires_grad}
+    n = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=world.dtype) for _ in range(2))
+    timed = {name: partial(run, compiled(part)) for name, part in parts.items()}
+    timed |= {"optimizer": optimize, "step": step, "products": lambda: [a @ b for _ in range(10)]}
+    times = rounds(timed, device, seconds)
+    shares = {name: statistics.median(t[name] / t["step"] for t in times) for name in (*parts, "optimizer")}
+    products = 10 * statistics.median(t["step"] / t["products"] for t in times)   # in the time of a step
+    speed = chunks.numel() / statistics.median(t["step"] for t in times)
+    return speed, memory, 2 * n ** 3 * products, shares
 
 def generation(calm, ar, args, world, seconds):
     """Tokens a second behind a prompt of two chunks, within the context, of one text and of 32 at once."""
@@ -121,9 +138,9 @@ def main():
     autoencoder = Autoencoder(train.config_of(AutoencoderConfig, args, "autoencoder", vocab_size=V))
     model = CALM(train.config_of(CALMConfig, args, "calm", vocab_size=V), autoencoder)
     model = model.to(world.device).train()
-    speed, memory, shares = training(model, args, world, own.seconds)
-    reached = speed * flops_per_token(model.config, autoencoder.config)["train"]
-    of_peak, on_cuda = reached / peak_flops(world.device, world.dtype), world.device.type == "cuda"
+    speed, memory, most, shares = training(model, args, world, own.seconds)
+    flops = args.batch_size * args.context * flops_per_token(model.config, autoencoder.config)["train"]
+    of_peak, on_cuda = flops / most, world.device.type == "cuda"
     precision = str(world.dtype).removeprefix("torch.")
     name = f"MFU {of_peak:.1%}" if on_cuda else f"{of_peak:.1%} share of its matrix-product speed"
     print(f"{'training, ' + precision:28} {speed:10,.0f} tokens/s, peak memory {memory:.2f} GB, {name}")
