@@ -58,8 +58,8 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 def training(model, args, world, seconds):
-    """-> tokens a second, peak memory in GB, FLOPs of large matrix products in the time of a step, and the share
-    of each part in that time."""
+    """-> tokens a second, peak memory in GB, FLOPs of large matrix products in the time of a step, and the
+    share of each part in that time."""
     device, K, c = world.device, args.chunk_size, model.config
     config = train.config_of(train.TrainConfig, args, "calm")
     tokens = torch.randint(c.vocab_size, (config.batch_size, args.context + K), device=device)
