@@ -58,7 +58,7 @@ class CALMConfig:
         check(self.num_evals in head.evals, f"num_evals must be in {head.evals}, not {self.num_evals}")
         check(self.num_samples > 1, f"num_samples must be at least 2, to compare, not {self.num_samples}")
         check(0 < self.alpha < 2, f"alpha must be in (0, 2), where the score is proper, not {self.alpha}")
-        self.aux_every = math.ceil(self.vocab_size / 4096)   # 1: at all positions; large V: few have memory
+        self.aux_every = math.ceil(self.vocab_size / 4096)   # of so many positions, one has the auxiliary loss
 
 @dataclass
 class ARConfig:
@@ -472,7 +472,7 @@ class CALM(nn.Module):
         loss = self.head.loss(h, mean, log_std).mean()
         metrics = {c.head: loss.detach()}
         if c.aux_weight:   # ours, not the paper's: h also learns from a softmax over each of the K tokens
-            logits = self.aux(h[::c.aux_every]).view(-1, c.vocab_size).float()
+            logits = self.aux(h[::c.aux_every]).view(-1, c.vocab_size).float()   # (P*K, V); fewer if V > 4096
             aux = F.cross_entropy(logits, targets[::c.aux_every].flatten())
             loss, metrics["aux"] = loss + c.aux_weight * aux, aux.detach()
         return loss, {"loss": loss.detach(), **metrics}
