@@ -58,7 +58,7 @@ class CALMConfig:
         check(self.num_evals in head.evals, f"num_evals must be in {head.evals}, not {self.num_evals}")
         check(self.num_samples > 1, f"num_samples must be at least 2, to compare, not {self.num_samples}")
         check(0 < self.alpha < 2, f"alpha must be in (0, 2), where the score is proper, not {self.alpha}")
-        self.aux_every = math.ceil(self.vocab_size / 4096)   # of so many positions, one has the auxiliary loss
+        self.aux_every = math.ceil(self.vocab_size / 4096)   # of so many positions one has the auxiliary loss
 
 @dataclass
 class ARConfig:
