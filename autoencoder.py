@@ -10,7 +10,6 @@ the right one then still decodes to the right K tokens.
 Shapes: K tokens in a chunk, V vocabulary, H width, L latent size; (...) any leading dimensions.
 """
 import json
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import DEFAULT_RUN, load_checkpoint, load_tokenizer, select_device
-from data.prepare import Parser, load_data, within
+from data.prepare import Parser, load_data, script, within
 
 @dataclass
 class AutoencoderConfig:
@@ -43,18 +42,14 @@ def check(fine, message):
     """Of a config. The message begins with the field's name, which train.py makes a flag."""
     if not fine:
         raise ValueError(message)
-
 def check_numbers(config):
-    """Of a config: whole numbers must be at least 1, or 0 where that is the default; others at least 0."""
+    """Of a config: whole numbers from 1, or from 0 where that is the default; others from 0; finite."""
     for f in (f for f in fields(config) if f.type in (int, float)):
         least, value = int(f.type is int and f.default != 0), getattr(config, f.name)
-        check(least <= value < math.inf, f"{f.name} must be at least {least} and finite, not {value}")
+        check(least <= value < 1 << 31, f"{f.name} must be at least {least} and finite, not {value}")
 
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm in float32, also under autocast (CUDA does so by itself, CPU does not)."""
-    def __init__(self, width):
-        super().__init__(width, eps=1e-6)
-
     def forward(self, x):
         return super().forward(x.float())
 
@@ -73,7 +68,7 @@ class ResidualBlock(nn.Module):
     """x + SwiGLU(RMSNorm(x)): all that the autoencoder is made of."""
     def __init__(self, config):
         super().__init__()
-        self.layernorm = RMSNorm(config.n_embd)
+        self.layernorm = RMSNorm(config.n_embd, eps=1e-6)
         self.mlp = SwiGLU(config.n_embd, config.n_ff)
 
     def forward(self, x):
@@ -88,7 +83,7 @@ class Encoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, H)
         self.encoder_layers = nn.Sequential(*[ResidualBlock(config) for _ in range(config.n_layer)])
         self.squeeze_layer = nn.Linear(config.chunk_size * H, H)
-        self.norm = RMSNorm(H)
+        self.norm = RMSNorm(H, eps=1e-6)
         self.hidden_to_latent = nn.Linear(H, 2 * config.latent_dim)
 
     def forward(self, chunks):
@@ -112,7 +107,7 @@ class Decoder(nn.Module):
         self.latent_to_hidden = nn.Linear(config.latent_dim, H)
         self.decoder_layers = nn.Sequential(*[ResidualBlock(config) for _ in range(config.n_layer)])
         self.expand_layer = nn.Linear(H, K * H)
-        self.norm = RMSNorm(H)
+        self.norm = RMSNorm(H, eps=1e-6)
 
     def forward(self, z, embedding):
         x = self.decoder_layers[:self.half](self.latent_to_hidden(z))  # (..., L) -> (..., H)
@@ -157,7 +152,6 @@ class Autoencoder(nn.Module):
 def posterior_samples(mean, log_std, n):
     """n draws from N(mean, std^2): mean, log_std (..., L) -> (n, ..., L)."""
     return mean + log_std.exp() * torch.randn(n, *mean.shape, device=mean.device)
-
 def kl_to_normal(mean, log_std):
     """KL_i of N(mean_i, std_i^2) from N(0, 1) in nats (section 2.2): (..., L) -> (..., L)."""
     return (mean ** 2 + (2 * log_std).exp() - 1 - 2 * log_std) / 2
@@ -181,6 +175,7 @@ def accuracy(model, chunks, noise):
     right = torch.cat(right).float()                                   # (P, K)
     return right.mean().item(), right.prod(-1).mean().item()
 
+@script("lower --windows")
 @torch.no_grad()
 def main():
     parser = Parser(description="How faithful, how robust is the latent space of an autoencoder?")
@@ -197,7 +192,7 @@ def main():
     data = load_data(args.data or checkpoint["data"]["name"])
     load_tokenizer(checkpoint, data)   # which must be the same
     K, L = model.config.chunk_size, model.config.latent_dim
-    length = 512 // K * K
+    length = max(min(512, len(data.val)) // K, 1) * K
     tokens = data.batch("val", data.even_offsets("val", args.windows, length), length)
     device = select_device(args.device)
     model, chunks = model.to(device), tokens.view(-1, K).to(device)    # (P, K)
@@ -215,8 +210,8 @@ def main():
     print(f"\nmean sigma of the posterior {sigma:.3f}; KL {kl.sum():.1f} nats a chunk; "
           f"active dimensions (KL above 0.1 nats) {active} of {L}")
     if args.json:
-        kept = {name: found[name] for name in ("mean", "posterior", "sigma_0.3")}
-        print(json.dumps({"accuracy": kept, "sigma": sigma, "active_dims": active, "latent_dim": L}))
+        found = {name: found[name] for name in ("mean", "posterior", "sigma_0.3")}
+        print(json.dumps({"accuracy": found, "sigma": sigma, "active_dims": active, "latent_dim": L}))
 
 if __name__ == "__main__":
     main()

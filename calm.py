@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check, check_numbers, init_weights,
                          posterior_samples)
 from data.checkpoint import DEFAULT_RUN, cast_matrices, load_checkpoint, load_tokenizer, read_official
-from data.prepare import encode, fail, get_tokenizer
+from data.prepare import encode, fail, get_tokenizer, script
 
 @dataclass
 class CALMConfig:
@@ -125,9 +125,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.n_embd)
+        self.input_layernorm = RMSNorm(config.n_embd, eps=1e-6)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.n_embd)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, eps=1e-6)
         self.mlp = SwiGLU(config.n_embd, config.n_ff)
 
     def forward(self, x, *args):
@@ -140,7 +140,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.block_size = config.block_size
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.norm = RMSNorm(config.n_embd)
+        self.norm = RMSNorm(config.n_embd, eps=1e-6)
         cos, sin = rotary_tables(config.n_embd // config.n_head, config.block_size)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -397,7 +397,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     that is not done after max_calls takes Algorithm 2's choice of 200 more."""
     n = math.floor(1 / temperature)
     a = 1 / temperature - n
-    samples = draw(n)
+    samples = draw(min(n, 256))
     candidate = chosen = torch.zeros_like(samples[0])                     # (batch, K)
     calls = age = torch.zeros(batch, dtype=torch.long, device=chosen.device)   # age: samples of this attempt
     agreed = done = torch.zeros_like(calls, dtype=torch.bool)
@@ -495,7 +495,6 @@ class CALM(nn.Module):
         if temperature == 1:
             return self.sample_chunks(h, n)
         rows = n * len(h)
-
         def candidates(count):
             return self.sample_chunks(h, count * n).view(count, rows, -1)
         if exact:
@@ -539,7 +538,6 @@ def flops_per_token(config, autoencoder_config=None):
     autoencoder's -> {"train": x, "inference": x}, and of CALM a forward pass of each part. Training is three
     forward passes, with N samples of the head, and one of the encoder; in inference the decoder follows."""
     c, K = config, getattr(config, "chunk_size", 1)
-
     def count(function, *inputs):
         with FlopCounterMode(display=False) as counter:
             function(*inputs)
@@ -601,6 +599,7 @@ TEXT = b"def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n
 NANO = dict(n_embd=128, n_ff=344, n_layer=4, n_head=2, n_head_layer=1, block_size=128, latent_dim=32,
             num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5)   # train.py's preset: a test compares
 
+@script()
 @torch.no_grad()
 def main():
     torch.manual_seed(0)
@@ -611,8 +610,9 @@ def main():
         print("random weights, whose samples are all zero: `python train.py` trains some\n")
         autoencoder = Autoencoder(AutoencoderConfig(latent_dim=NANO["latent_dim"], n_embd=192, n_ff=96))
         model, tokenizer = CALM(CALMConfig(**NANO), autoencoder).eval(), get_tokenizer("bytes")
-    c, K, tokens = model.config, model.chunk_size, torch.tensor([encode(tokenizer, TEXT)])
-    chunks = tokens[:, :tokens.shape[1] // K * K].unflatten(1, (-1, K))   # (1, T+1, K)
+    c, K = model.config, model.chunk_size
+    text = encode(tokenizer, TEXT * K)[:(min(c.block_size, 18) + 1) * K]  # 19 chunks, if the context holds 18
+    chunks = torch.tensor([text]).unflatten(1, (-1, K))                   # (1, T+1, K)
     x = model.inputs(chunks[:, :-1].flatten(1))                           # (1, T, D)
     h = model.transformer(x)                                              # (1, T, D)
     z = model.head.sample(h[0], c.num_samples)                            # (N, T, L)

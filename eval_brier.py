@@ -37,14 +37,9 @@ def brier_ngram(samples, targets):
     hit, same = hit_and_collision(samples, targets)
     return 2 * hit - same
 
-def geometric_mean(x):
-    """(..., 4) -> (...), 0 where a factor is not positive."""
-    return np.clip(x, 0, None).prod(-1) ** 0.25
-
 def brierlm(brier):
-    """Brier-1..4 (..., 4) -> BrierLM (...): 100 times their geometric mean."""
-    return 100 * geometric_mean(brier)
-
+    """Brier-1..4 (..., 4) -> BrierLM (...): 100 times their geometric mean, 0 where one is not positive."""
+    return 100 * np.clip(brier, 0, None).prod(-1) ** 0.25
 def agreement(model, h, chunk, S, temperature, **sampling):
     """The chance that a draw given h (B, D) begins as chunk (B, K) -> (B, K): by S samples, for AR exact."""
     if isinstance(model, AR):
@@ -78,7 +73,6 @@ def score_by_rollout(model, tokens, stride, S, temperature=1.0, **sampling):
                 path_h = model.hidden(path, cache)[:, -1]
         scores.append(torch.stack([torch.cat(part, 1)[:, :4] for part in (hits, sames)]))
     return torch.stack(scores[::-1], dim=2)
-
 def score_windows(model, tokens, stride, S, temperature=1.0, **sampling):
     """E[1[a = y]], E[1[a = b]] of the n-grams, n = 1..4, that start at stride, 2 stride, ... of each window.
     tokens (B, W) -> (2, B, starts, 4). Brier-n is twice the first minus the second."""
@@ -98,17 +92,16 @@ def ngram_stride(K):
 @torch.inference_mode()
 def evaluate(model, data, device, dtype, windows=375, stride=None, context=None, num_draws=4, seed=0,
              progress=False, **sampling):
-    """BrierLM on the validation split -> a dict of results.
-    Windows of `context` tokens (default: the model's) are spread evenly over the split; n-grams start every
-    `stride` tokens (default: ngram_stride of the model's K) with all of the window before them as context.
-    Equal windows, stride and context give equal positions, whatever the model. num_draws: S, samples a
-    position. The standard error is a bootstrap over windows. sampling: other arguments of `CALM.draw`."""
+    """BrierLM on the validation split -> a dict of results, with a standard error: a bootstrap over windows.
+    These, of `context` tokens (default: the model's), are spread evenly over the split; n-grams start every
+    `stride` tokens (default: ngram_stride of the model's K), the window before them as context. The positions
+    are the same for any model. num_draws: S, samples a position. sampling: arguments of `CALM.draw`."""
     K = model.chunk_size
     longest, stride = model.config.block_size * K, stride or ngram_stride(K)
     context = context or longest
     if stride % K or context % K or not stride + max(4, K) <= context <= longest:
-        fail(f"--stride {stride} and --context {context} must be multiples of the chunk size {K}, and the "
-             f"context hold an n-gram after {stride} tokens and be at most the model's, {longest}")
+        fail(f"--stride {stride} and --context {context} must be multiples of the chunk size {K}, "
+             f"the context from {stride + max(4, K)} to at most the model's, {longest}")
     offsets, scores = data.even_offsets("val", windows, context), []
     with autocast(device, dtype):
         for i in tqdm(range(0, len(offsets), 32), desc="BrierLM", disable=not progress, leave=False):
@@ -124,7 +117,6 @@ def evaluate(model, data, device, dtype, windows=375, stride=None, context=None,
             "accuracy": accuracy.mean(0).tolist(), "collision": collision.mean(0).tolist(),
             "positions": scores.shape[1] * scores.shape[2], "samples": num_draws,
             "context": context, "stride": stride}
-
 def describe(result):
     ngrams = ", ".join(f"Brier-{n} {100 * b:.2f}" for n, b in enumerate(result["brier"], 1))
     return (f"BrierLM {result['brierlm']:.2f} +- {result['stderr']:.2f} ({ngrams}; {result['positions']:,} "
@@ -139,66 +131,58 @@ def distinct(texts, n=4):
 @torch.inference_mode()
 def compare_text(model, data, device, dtype, texts=64, seed=0):
     """distinct-4 of the model's continuations of held-out beginnings, and of the real ones."""
-    length = min(320, model.config.block_size * model.chunk_size)
+    length = min(max(320, 5 * model.chunk_size), model.config.block_size * model.chunk_size)
     windows = data.batch("val", data.even_offsets("val", texts, length), length)
     beginning = max(length // 5 // model.chunk_size, 1) * model.chunk_size
     torch.manual_seed(seed)
     with autocast(device, dtype):   # without eot: on past any end-of-text
         made = generate(model, windows[:, :beginning].to(device), length - beginning)
     return distinct(made[:, beginning:].cpu()), distinct(windows[:, beginning:])
-
 def frontier(args, measure):
     """Accuracy and collision rate (figures 10 and 11), geometric means over n = 1..4, for each setting."""
     print("temperature  candidates   accuracy  collision    BrierLM")
-    for N, T in [(N, T) for N in args.candidates for T in args.temperatures if N >= 1 / T]:
+    temperatures = args.temperatures or (1, 0.8, 0.65, 0.5, 0.33)
+    for N, T in [(N, T) for N in args.candidates or [200] for T in temperatures]:
+        if N < 1 / T:
+            print(f"{T:11.2f}  {N:10}  too few candidates: at least 1/T")
+            continue
         result = measure(temperature=T, num_candidates=N)
-        point = {name: float(geometric_mean(np.array(result[name]))) for name in ("accuracy", "collision")}
+        point = {name: float(brierlm(np.array(result[name]))) / 100 for name in ("accuracy", "collision")}
         point["brierlm"] = result["brierlm"]
         print(f"{T:11.2f}  {N:10}  " + "  ".join(f"{value:9.4f}" for value in point.values()))
         if args.json:
             print(json.dumps({"temperature": T, "num_candidates": N, **point, "stderr": result["stderr"]}))
-
 def curves(folder):
     """A run's log.jsonl -> {stage: [(training FLOPs, BrierLM), ...]}, with those of CALM's autoencoder."""
     path, found = Path(folder) / "log.jsonl", {}
-    try:
-        for entry in read_log(path):
-            if "brierlm" in entry:
-                found.setdefault(entry["stage"], []).append((entry["flops"], entry["brierlm"]))
-    except (OSError, ValueError, KeyError) as error:
-        fail(f"{path} is not the log of a run ({type(error).__name__}: {error}): give folders of train.py")
+    for entry in read_log(path):
+        if "brierlm" in entry:
+            found.setdefault(entry["stage"], []).append((entry["flops"], entry["brierlm"]))
     if not found:
         fail(f"{path} has no evaluation with BrierLM yet: train longer, or with a smaller --eval_interval")
     return found
-
 def plot(path, folders, width=720, height=420):
-    """Write the curves of some runs to an SVG: a line for each, with its name at its end."""
-    lines = [(Path(run).name, stage, points) for run in folders for stage, points in curves(run).items()]
-    top_x, top_y = (max(point[i] for *_, points in lines for point in points) for i in (0, 1))
-    unit = 10 ** math.floor(math.log10(top_x))
-
-    def place(flops, score):   # around the curves: 50 units on the left, 120 right, 20 above, 40 below
-        return (round(50 + flops / top_x * (width - 170), 1),
-                round(height - 40 - score / max(top_y, 1) * (height - 60), 1))
-    def text(x, y, content, more=""):
-        return f'<text x="{x}" y="{y}" {more}>{escape(content)}</text>'
+    """Write the curves of some runs to a new SVG: a line for each, and their names, the best one first."""
+    lines = [(points, Path(run).name + " (AR)" * (stage == "ar"))
+             for run in folders for stage, points in curves(run).items()]
+    lines.sort(key=lambda line: -line[0][-1][1])
+    top_x, top_y = (max(point[i] for points, _ in lines for point in points) for i in (0, 1))
+    def place(flops, score):   # around the curves: 50 units on the left and right, 20 above, 40 below
+        return 50 + flops / top_x * (width - 100), height - 40 - score / max(top_y, 1) * (height - 60)
+    def text(x, y, content, color="black"):
+        return f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}">{escape(str(content))}</text>'
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-           f'font-size="13"><rect width="{width}" height="{height}" fill="white"/>', text(10, 14, "BrierLM"),
-           text(width - 270, height - 4, f"training FLOPs, x {unit:.0e}")]
-    svg += [text(20, place(0, score)[1] + 4, str(score)) for score in range(0, int(top_y) + 1, 5)]
-    svg += [text(place(i * unit, 0)[0], height - 20, str(i)) for i in range(int(top_x / unit) + 1)]
-    lowest = height   # labels from the lowest curve's end to the highest, at least 15 units apart
-    for i, (run, stage, points) in enumerate(sorted(lines, key=lambda line: line[2][-1][1])):
+           f'font-size="13"><rect width="{width}" height="{height}" fill="white"/>',
+           text(10, 14, "BrierLM"), text(width / 2, height - 4, "training FLOPs")]
+    svg += [text(20, place(0, score)[1], score) for score in range(0, int(top_y) + 1, 5)]
+    svg += [text(place(x, 0)[0] - 20, height - 20, f"{x:.1e}") for x in (0, top_x / 2, top_x)]
+    for i, (points, name) in enumerate(lines):
         color = f"hsl({360 * i // len(lines)}, 70%, 40%)"
-        corners = [place(*point) for point in points]
-        lowest = min(lowest - 15, corners[-1][1] + 4)
-        svg += [f'<polyline points="{" ".join(f"{x},{y}" for x, y in corners)}" fill="none" '
-                f'stroke="{color}" stroke-width="2"/>',
-                text(corners[-1][0] + 6, lowest, run + " (AR)" * (stage == "ar"), f'fill="{color}"')]
-    try:
-        Path(path).write_text("\n".join([*svg, "</svg>"]) + "\n")
-    except OSError as error:
-        fail(f"could not write {path} ({error.strerror}): name a file in a folder that exists")
+        corners = " ".join("%.1f,%.1f" % place(*point) for point in points)
+        svg += [f'<polyline points="{corners}" fill="none" stroke="{color}" stroke-width="2"/>',
+                text(70, 30 + 16 * i, name, color)]
+    with open(path, "x", encoding="utf-8", errors="replace") as file:   # never over another file
+        file.write("\n".join([*svg, "</svg>"]) + "\n")
     print(f"{len(lines)} curves in {path}")
 
 @script("lower --num_draws or --context")
@@ -208,19 +192,19 @@ def main():
     add_model_flags(add)
     add("--data", help="data set under data/; None: the one it was trained on")
     add("--windows", type=within(1), help="validation windows; None: 375, or 32 with --frontier")
-    add("--num_draws", type=within(2), default=4, help="S: samples a position, at least 2")
+    add("--num_draws", type=within(2, 1000), default=4, help="S: samples a position, at least 2")
     add("--stride", type=within(4), help="tokens from one n-gram's start to the next; None: K, at least 4")
     add("--context", type=within(8), help="tokens a window; None: the model's context")
     add("--frontier", action="store_true", help="accuracy and collision rate of each sampler setting below")
-    add("--temperatures", type=float, nargs="+", default=[1.0, 0.8, 0.65, 0.5, 0.33], help="of --frontier")
-    add("--candidates", type=within(1), nargs="+", default=[200], help="of --frontier: N of Algorithm 2")
+    add("--temperatures", type=within(1e-6, 1, float), nargs="+", help="of --frontier; None: 1 to 0.33")
+    add("--candidates", type=within(1, 1 << 20), nargs="+", help="of --frontier: N of batch; None: 200")
     add("--plot", nargs="+", metavar=("SVG", "RUN"), help="evaluate nothing, draw the curves in log.jsonl")
     add("--json", action="store_true", help="end with one JSON object on a line; --frontier: one a row")
     args = parser.parse_args()
     if args.plot:
         return plot(args.plot[0], args.plot[1:] or [args.out_dir])
-    if not all(0 < T <= 1 for T in args.temperatures):
-        fail("--temperatures must be in (0, 1]")
+    if (args.temperatures or args.candidates) and not args.frontier:
+        fail("--temperatures and --candidates are for --frontier: add it")
     if args.official and not args.data:
         fail("--official needs --data, prepared with the model's tokenizer")
     model, checkpoint, device, dtype = load(args)
@@ -230,7 +214,6 @@ def main():
     else:
         load_tokenizer(checkpoint, data)   # which must be the same
         args.stride = args.stride or checkpoint["settings"]["stride"]   # the baseline's is CALM's
-
     def measure(progress=True, **sampling):
         windows = args.windows or (32 if args.frontier else 375)
         return evaluate(model, data, device, dtype, windows, args.stride, args.context, args.num_draws,

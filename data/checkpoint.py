@@ -4,7 +4,6 @@ A checkpoint is a dict of tensors and plain values, read with `weights_only=True
 """
 import ctypes
 import json
-import math
 import os
 import re
 import zipfile
@@ -15,30 +14,26 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data.prepare import fail, fingerprint_tokenizer, get_tokenizer
+from data.prepare import fail, tokenizer_from
 
 DEFAULT_RUN = "out/site-packages" if torch.cuda.is_available() else "out/stdlib"   # train.py's, without flags
-FORMAT = 2   # of checkpoints; the earlier ones, which have no number, hold other models
+FORMAT = 3   # of checkpoints; one with another number, or none, is of an earlier version
 
 # --- Device and precision -------------------------------------------------------------------------------
 def select_device(name="auto"):
-    """`auto` -> cuda if it is there, else cpu; or the named device. MPS, never tried, only by its name."""
+    """`auto` -> cuda if it is there, else cpu; or the named device. MPS, never tried, only by its name. For a
+    CPU it also tells the allocator to keep memory."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
-    if not there.get(name.split(":")[0]):
+    kind, _, index = name.partition(":")
+    if not there.get(kind) or index not in ("", "0", *map(str, range(torch.cuda.device_count()))):
         fail(f"no device {name!r} here: use --device auto, or {', '.join(filter(there.get, there))}")
-    if name == "cpu":
-        keep_memory()
+    if kind == "cpu":   # else glibc gives freed blocks back: a fifth of a step's time at width 512
+        with suppress(OSError):   # no glibc here
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-4, 0)                # M_MMAP_MAX: no block is mapped by itself
+            mallopt(-1, (1 << 31) - 1)    # M_TRIM_THRESHOLD: none is given back
     return torch.device(name)
-
-def keep_memory():
-    """On a CPU: glibc gives freed blocks of megabytes back to the system, and the next step has them anew,
-    page by page, a fifth of its time at width 512. From now on it keeps them."""
-    with suppress(OSError):   # no glibc here
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)                # M_MMAP_MAX: no block is mapped by itself
-        mallopt(-1, (1 << 31) - 1)    # M_TRIM_THRESHOLD: none is given back
-
 def select_dtype(name, device):
     """`auto` -> bfloat16 where the processor multiplies it fast; else float32, on CUDA float16."""
     if name != "auto":
@@ -47,12 +42,12 @@ def select_dtype(name, device):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast and device.type == "cpu" else torch.float32
+    capped = torch.backends.cpu.get_cpu_capability() != "AVX512"   # by ATEN_CPU_CAPABILITY
+    return torch.bfloat16 if fast and not capped and device.type == "cpu" else torch.float32
 
 def autocast(device, dtype):
     """Mixed precision: matrix products in `dtype`, weights and losses in float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
 def cast_matrices(model, dtype):
     """For inference: cast once the weights that autocast casts at every call -> the model."""
     for name, module in model.named_modules():
@@ -76,7 +71,6 @@ def save_checkpoint(path, checkpoint):
             temporary.unlink(missing_ok=True)
         kept = "the previous checkpoint is intact" if path.exists() else "nothing was saved"
         fail(f"could not save {path} ({str(error).splitlines()[0]}); {kept}: free some space, then --resume")
-
 def load_checkpoint(path, kind):
     """Read what save_checkpoint wrote -> dict. kind: what it must hold, autoencoder, calm or ar."""
     path = Path(path)
@@ -96,14 +90,13 @@ def load_checkpoint(path, kind):
     if found != kind:
         fail(f"{path} holds a model of kind {found!r}, expected {kind!r}")
     return checkpoint
-
 def open_checkpoint(path, kind, model, data, resume, wanted):
-    """Load the weights at `path`, if any, into a model to train -> the checkpoint, or None. One that does not
-    fit or that nobody asked to go on with is an error. wanted: whether the run is for this model."""
+    """Load the weights at `path`, if any, into a model to train, if they fit -> the checkpoint, or None. One
+    that is not to be gone on with is an error, but for a finished autoencoder. wanted: --model names it."""
     if not path.exists():
         return None
     checkpoint, elsewhere = load_checkpoint(path, kind), "use another --out_dir"
-    if checkpoint["data"]["fingerprint"] != data.meta["fingerprint"]:
+    if any(checkpoint["data"][name] != data.meta[name] for name in ("fingerprint", "vocabulary")):
         fail(f"{path} was trained on other data than {data.folder} holds now: {elsewhere}")
     for name, value in asdict(model.config).items():
         trained = checkpoint["config"][name]
@@ -114,44 +107,43 @@ def open_checkpoint(path, kind, model, data, resume, wanted):
         fail(f"{path} is {state} (step {checkpoint['step']:,}): add --resume to go on, or {elsewhere}")
     model.load_state_dict(checkpoint["model"])
     return checkpoint
-
-def saved_settings(out_dir, kinds):
-    """The flags of the run that --resume goes on from: those in the first checkpoint that is there."""
-    kind = next((kind for kind in kinds if (out_dir / f"{kind}.pt").is_file()), None)
-    if kind is None:
-        fail(f"nothing to resume in {out_dir}: start with `python train.py --out_dir {out_dir}`")
+def saved_settings(out_dir, kinds, leave_out):
+    """The flags of a run, but leave_out: from the first of its checkpoints, by `kinds`, that is there."""
+    kind = next((kind for kind in kinds if (out_dir / f"{kind}.pt").is_file()), kinds[0])
     settings = load_checkpoint(out_dir / f"{kind}.pt", kind)["settings"]
-    own = ("resume", "out_dir", "device", "model", "match_flops")   # the resumed run has its own
-    return {name: value for name, value in settings.items() if name not in own}
+    leave_out = leave_out | {"match_flops"} if kind != "autoencoder" else leave_out   # max_steps has it
+    return {name: value for name, value in settings.items() if name not in leave_out}
 
 def write_log(path, mode, *entries):
     """Write to a run's log.jsonl, a JSON object a line."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, mode) as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
-    except OSError as error:
-        fail(f"could not write {path} ({error.strerror}): --out_dir must be a folder on a disk with space")
-
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, mode) as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
 def read_log(path):
     """The entries of a log.jsonl, without the last line of a killed run, which may be torn."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
+    try:
+        lines = path.read_text().splitlines()
+        entries = [json.loads(line) for line in lines[:-1] + [x for x in lines[-1:] if x.endswith("}")]]
+        for entry in entries:
+            entry["stage"], entry["step"] - entry["seconds"], entry.get("flops", 0) - entry.get("brierlm", 0)
+        return entries
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        fail(f"{path} is not the log of a run, or damaged: move it away ({type(error).__name__}: {error})")
 def rewind_log(path, stage, step):
     """Drop what the log says of `stage` after `step`, which will be written anew -> its seconds so far."""
     entries = read_log(path) if path.exists() else []
     entries = [entry for entry in entries if entry["stage"] != stage or entry["step"] <= step]
-    write_log(path, "w", *entries)
+    write_log(path.with_suffix(".tmp"), "w", *entries)
+    path.with_suffix(".tmp").replace(path)
     return max((entry["seconds"] for entry in entries if entry["stage"] == stage), default=0.0)
 
 def load_tokenizer(checkpoint, data=None):
-    """The tokenizer of a checkpoint, or of data for it, which must be the same -> tiktoken.Encoding."""
+    """The tokenizer of a checkpoint, which data for it must have been prepared with -> tiktoken.Encoding."""
     theirs = checkpoint["data"]
-    tokenizer = data.tokenizer if data else get_tokenizer(theirs["tokenizer"])
-    if fingerprint_tokenizer(tokenizer) != theirs["tokenizer_fingerprint"]:
-        fail(f"the model was trained with the tokenizer {theirs['tokenizer']}, and {tokenizer.name} is not, "
-             f"or no longer, that one: prepare the data with --tokenizer {theirs['tokenizer']}")
-    return tokenizer
+    if data and data.meta["vocabulary"] != theirs["vocabulary"]:
+        fail(f"the model was trained with the tokenizer {theirs['tokenizer']}, and {data.meta['name']} was "
+             "prepared with another: prepare it again with the model's")
+    return tokenizer_from(theirs)
 
 # --- Directories as the authors publish them ------------------------------------------------------------
 # Names and sizes, theirs -> ours, where they differ.
@@ -161,11 +153,6 @@ OFFICIAL_SIZES = {"vocab_size": "vocab_size", "patch_size": "chunk_size", "laten
                   "hidden_size": "n_embd", "intermediate_size": "n_ff", "num_hidden_layers": "n_layer",
                   "num_attention_heads": "n_head", "num_mlp_layers": "n_head_layer"}
 
-def our_name(name):
-    for theirs, ours in OFFICIAL_NAMES.items():
-        name = re.sub(theirs, ours, name)
-    return name
-
 def read_official(folder):
     """A published CALM -> fields of CALMConfig, fields of AutoencoderConfig, {our name: tensor}.
     Its autoencoder is in the same files, where config.json's ae_path says, or in CALM-Autoencoder beside."""
@@ -174,7 +161,9 @@ def read_official(folder):
         places = [folder / str(config.get("ae_path", "")), folder.parent / "CALM-Autoencoder"]
         found = [place for place in places if place != folder and (place / "config.json").is_file()]
         tensors |= read_published((found or places[1:])[0])[1]
-    state = {our_name(name): tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
+    state = {name: tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
+    for theirs, ours in OFFICIAL_NAMES.items():
+        state = {re.sub(theirs, ours, name): tensor for name, tensor in state.items()}
     try:
         # The autoencoder's embedding is stored under either of two names, or both.
         output = state.pop("autoencoder.decoder.lm_head_weight", None)
@@ -208,8 +197,7 @@ def read_published(folder):
             raise ValueError("no weights")
         return dict(config), tensors
     except Exception as error:   # whatever is wrong in a file from elsewhere
-        fail(f"{folder} is not a published model, config.json with model.safetensors or pytorch_model.bin "
-             f"({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        fail(f"{folder} is not a published model ({' '.join(repr(error).split())[:200]})")
 
 def read_safetensors(path):
     """A file -> {name: tensor}. It holds 8 bytes, the length of a JSON header; the header, which says where
@@ -219,14 +207,13 @@ def read_safetensors(path):
     length = int.from_bytes(raw[:8].numpy().tobytes(), "little")
     header = json.loads(raw[8:8 + length].numpy().tobytes())
     header.pop("__metadata__", None)
-    tensors, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    tensors = {}
+    for name, entry in header.items():
         dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry["dtype"]]
-        begin, before = entry["data_offsets"][0], end
-        end = begin + math.prod(entry["shape"]) * dtype.itemsize
-        if entry["data_offsets"][1] != end or not before <= begin <= end <= size - 8 - length:
-            raise ValueError(f"{name} does not lie where the header says")
-        part = raw[8 + length + begin:8 + length + end]
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        if not 8 + length <= begin <= end <= size:
+            raise ValueError(f"{name} does not lie in the file")
+        part = raw[begin:end]
         aligned = part.data_ptr() % dtype.itemsize == 0   # else it cannot be used where it lies
         tensors[name] = (part if aligned else part.clone()).view(dtype).view(entry["shape"])
     return tensors

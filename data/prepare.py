@@ -5,34 +5,38 @@ Text to tokens on disk: data/<name>/{train.bin, val.bin, meta.json}.
     python data/prepare.py shakespeare            # or tinystories, enwik8, wikitext103-test: downloaded
     python data/prepare.py notes/ book.txt.gz --name mine --tokenizer gpt2
 
-Tokens go to disk as they come, so a text may be larger than memory. A document ends in the end-of-text token
-and is held out for validation or not by a hash of its own text: adding a file moves no other.
+Tokens go to disk as they come, so a text may be larger than memory. Before each document stands the border
+token; it is held out for validation or not by a hash of its own text: adding a file moves no other.
 """
 import argparse
+import base64
 import gzip
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import urllib.request
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import tiktoken
 import torch
-from tiktoken.load import load_tiktoken_bpe
 from tqdm import tqdm
 
 DATA_DIR = Path(__file__).resolve().parent
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-SECTION = 8 << 10    # bytes: a .txt or stdin without document borders is cut at a good place near this
-LONGEST = 128 << 10  # bytes: as is any other document near this: none is most of the validation split
+FILES = ("train.bin", "val.bin", "meta.json")   # of a data set: all that preparing it replaces
+SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl")   # read in folders; a file named by hand may have any
+SECTION = 8 << 10    # bytes of a document at most, about: a longer text is cut, at a good place
+LONGEST = 128 << 10  # the same of a .md or .py: no single one is most of the validation split
+CONTROL = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})   # bytes that text hardly has
 
 # name -> (address, member of the zip archive or None, share of documents for validation)
 DOWNLOADS = {
@@ -49,34 +53,46 @@ KNOWN = (*MADE_HERE, *DOWNLOADS)
 
 def fail(message):
     """The user's mistake: one line on stderr, exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)   # above a progress bar
     raise SystemExit(2)
 
 @contextmanager
-def script(when_full):
-    """Around a script's main: Ctrl-C ends it without a traceback, a full card in a line of what to lower."""
+def script(when_full="use less data"):
+    """Around a script's main: Ctrl-C, too little memory, a pipe that closes: an end without a traceback."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:   # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout.reconfigure(errors="replace")   # what the terminal cannot show
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that nothing half done is left
     try:
         yield
-    except KeyboardInterrupt:
+        sys.stdout.flush()
+    except (KeyboardInterrupt, BrokenPipeError):   # `| head` has read enough
         raise SystemExit(130)
-    except torch.OutOfMemoryError as error:
-        fail(f"{str(error).split('. ')[0]}: {when_full}")
+    except OSError as error:
+        fail(f"could not write or read: {error}")
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
+            raise
+        fail(f"{str(error).splitlines()[0].split('. ')[0] or 'out of memory'}: {when_full}")
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:   # else Python tries again when it ends, and complains
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 class Parser(argparse.ArgumentParser):
     """argparse that shows every default, and whose errors are one line."""
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-
     def error(self, message):
         fail(f"{message}; `python {self.prog} --help` lists the flags")
-
 def within(low, high=float("inf"), kind=int):
     """The type of a flag that takes a number in [low, high]."""
     def number(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
-        return value
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
     return number
 
 # --- Tokenizers: each is a tiktoken.Encoding ------------------------------------------------------------
@@ -88,16 +104,12 @@ def get_tokenizer(name):
     """`bytes`, a tiktoken name (gpt2, o200k_base, ...), or the path of a tiktoken-format file -> Encoding.
     A file is read as Llama 3 reads its own: with its split pattern and 256 special tokens after the ranks."""
     if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": 256})
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", special_tokens={"<|endoftext|>": 256},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
     if Path(name).is_file():
-        try:
-            ranks = load_tiktoken_bpe(str(name))
-        except Exception:
-            fail(f"{name} is not a tiktoken-format file (one `base64 rank` pair a line)")
+        ranks = read_ranks(name)
         special = ["<|begin_of_text|>", "<|end_of_text|>"] + [f"<|reserved_{i}|>" for i in range(254)]
-        return tiktoken.Encoding(str(name), pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
+        return tiktoken.Encoding(f"./{Path(name).name}", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
                                  special_tokens={s: len(ranks) + i for i, s in enumerate(special)})
     names = tiktoken.list_encoding_names()
     if name not in names:
@@ -107,25 +119,39 @@ def get_tokenizer(name):
     except Exception as error:   # requests' errors: tiktoken downloads a vocabulary the first time it is used
         fail(f"tiktoken could not download the vocabulary {name!r} ({type(error).__name__}): go online once, "
              f"or point TIKTOKEN_CACHE_DIR at a folder that has it, or use --tokenizer bytes")
+def read_ranks(path):
+    """A tiktoken-format file -> {token: rank}. Checked: tiktoken panics over one that is not whole."""
+    try:
+        pairs = [line.split() for line in Path(path).read_bytes().splitlines() if line.strip()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        fail(f"{path} is not a tiktoken-format file (one `base64 rank` pair a line)")
+    if sorted(ranks.values()) != [*range(len(pairs))] or any(bytes([i]) not in ranks for i in range(256)):
+        fail(f"{path} is not a whole vocabulary: expected the ranks 0, 1, 2, ... and all 256 single bytes")
+    return ranks
 
-def eot_token(tokenizer):
-    """The id that ends a document."""
-    llama3 = "<|end_of_text|>" in tokenizer.special_tokens_set
-    return tokenizer.encode_single_token("<|end_of_text|>" if llama3 else "<|endoftext|>")
-
+def vocabulary_of(tokenizer):
+    """An Encoding as plain values: kept with data and checkpoints, which then need no file and no network."""
+    return {"pat_str": tokenizer._pat_str, "special_tokens": tokenizer._special_tokens, "mergeable_ranks":
+            {token.decode("latin-1"): rank for token, rank in tokenizer._mergeable_ranks.items()}}
+def tokenizer_from(meta):
+    """The contents of a meta.json, also those in a checkpoint -> the Encoding."""
+    ranks = {token.encode("latin-1"): rank for token, rank in meta["vocabulary"]["mergeable_ranks"].items()}
+    return tiktoken.Encoding(meta["tokenizer"], **meta["vocabulary"] | {"mergeable_ranks": ranks})
+def border_token(tokenizer):
+    """The id that stands before each document: where a model begins, and where it ends."""
+    llama3 = "<|begin_of_text|>" in tokenizer.special_tokens_set
+    return tokenizer.encode_single_token("<|begin_of_text|>" if llama3 else "<|endoftext|>")
 def encode(tokenizer, text, source="the text"):
     """bytes -> list of ids. The byte tokenizer takes any bytes; the others need UTF-8."""
     if tokenizer.name == "bytes":
         return list(text)
     try:
-        return tokenizer.encode_ordinary(text.decode("utf-8"))
+        text = text.decode("utf-8")
     except UnicodeDecodeError as error:
         fail(f"{source} is not UTF-8 (byte {error.start}): only --tokenizer bytes takes any bytes")
-
-def fingerprint_tokenizer(tokenizer):
-    """A hash of the vocabulary, to tell whether two tokenizers are the same one."""
-    vocabulary = b"\n".join(tokenizer.token_byte_values()) + str(tokenizer.n_vocab).encode()
-    return hashlib.sha256(vocabulary).hexdigest()[:16]
+    parts = (text[i:i + LONGEST] for i in range(0, len(text), LONGEST))   # tiktoken dies of a million blanks
+    return [token for part in parts for token in tokenizer.encode_ordinary(part)]
 
 # --- Sources: every one is a stream of documents, each a bytes object -----------------------------------
 def cut(text, limit):
@@ -134,7 +160,6 @@ def cut(text, limit):
         if (at := text.rfind(border, limit // 2, limit)) >= 0:
             return at + len(border)
     return next((i for i in range(limit, limit - 4, -1) if text[i] & 0xC0 != 0x80), limit)   # UTF-8 borders
-
 def pieces(stream, limit):
     """Cut a stream of bytes at every <|endoftext|>, and wherever `limit` bytes have gone by without one."""
     buffer = b""
@@ -147,59 +172,54 @@ def pieces(stream, limit):
             buffer = buffer[end:]
     yield buffer
 
-def json_texts(path, lines):
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)["text"].encode("utf-8", "surrogatepass")
-        except (ValueError, TypeError, KeyError, AttributeError):
-            fail(f'{path}, line {number}: each line of a .jsonl file must be an object with a string "text"')
-
-def articles(stream):
-    """WikiText: an article begins at its ` = Title = ` line."""
-    return re.split(rb"^(?= = [^=\n].* = \n)", stream.read(), flags=re.MULTILINE)
-
 def documents(path, known):
     """The documents of one file, by its kind."""
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    if path.name == "-":
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    if known in DOWNLOADS and kind == ".zip":
+        opened = zipfile.Path(path, DOWNLOADS[known][1]).open("rb")
+    elif str(path) == "-":
         opened = sys.stdin.buffer
     else:
-        opened = gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+        opened = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
     with opened as stream:
         if known == "wikitext103-test":
-            yield from articles(stream)
-        elif kind == ".jsonl":
-            yield from json_texts(path, stream)
+            yield from re.split(rb"^(?= = [^=\n].* = \n)", stream.read(), flags=re.MULTILINE)   # at titles
+        elif kind in (".json", ".jsonl"):
+            for number, line in enumerate(stream, 1):
+                try:
+                    yield json.loads(line)["text"].encode("utf-8", "surrogatepass") if line.strip() else b""
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                    fail(f'{path}, line {number}: each line must be an object with a string "text"')
         else:
             yield from pieces(stream, LONGEST if kind in (".md", ".py") else SECTION)
-
 def python_source(known):
     """The .py files of this Python's standard library; for "site-packages" also of all installed packages.
     Without tests, IDLE, and the `encodings`: generated tables, so predictable that they flatter BrierLM."""
-    names = ("stdlib", "purelib") if known == "site-packages" else ("stdlib",)
-    roots = [Path(sysconfig.get_paths()[name]) for name in names]
+    paths = sysconfig.get_paths()
+    roots = [Path(paths["stdlib"]), Path(paths["purelib"])][:2 if known == "site-packages" else 1]
     skip = {"test", "tests", "idlelib", "encodings", "site-packages", "dist-packages", "__pycache__"}
     files = [(root, path) for root in roots for path in sorted(root.rglob("*.py"))]
     return [path for root, path in files if not skip.intersection(path.relative_to(root).parts)]
-
 def local_files(sources):
-    """Files as they are, folders searched for SUFFIXES; "-" is stdin."""
+    """Files, whatever their names; folders, which are searched for SUFFIXES; "-" is stdin."""
     paths = []
-    for source in map(Path, sources):
-        if not source.exists() and str(source) != "-":
-            fail(f"no data at {source}: give files, folders, - for stdin, or one of {', '.join(KNOWN)}")
-        found = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
-        text = [p for p in found if str(p) == "-" or p.name.removesuffix(".gz").endswith(SUFFIXES)]
-        if not text:
+    for source in map(str, sources):
+        path = Path(source)
+        if source != "-" and not (source and path.exists()):
+            fail(f"no data at {source!r}: give files, folders, - for stdin, or alone {', '.join(KNOWN)}")
+        found = [path]
+        if path.is_dir():   # a meta.json is of tokens, beside which there may be text
+            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "meta.json"
+                           and p.name.lower().removesuffix(".gz").endswith(SUFFIXES))
+        if not found:
             fail(f"{source} holds no text: expected {', '.join(SUFFIXES)} files (or .gz of these)")
-        paths += text
+        paths += found
     return paths
-
 def downloaded(name):
-    """The local copy of a known download, fetched if it is missing. It gets its name when it is whole."""
+    """[the local copy of a known download], fetched if it is missing. It gets its name when it is whole."""
     url, member, _ = DOWNLOADS[name]
     path = DATA_DIR / "downloads" / (name + (".zip" if member else ".txt"))
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")   # another process may fetch it, too
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -210,67 +230,73 @@ def downloaded(name):
                 if size and out.tell() != size:
                     raise OSError(f"got {out.tell()} of {size} bytes")
             part.replace(path)
-        except (OSError, HTTPException) as error:   # no network, a timeout, a broken connection, a full disk
+        except Exception as error:   # no network, a broken connection, a full disk
             fail(f"could not download {url} ({error}): check the network, or fetch it yourself to {path}")
         finally:
             part.unlink(missing_ok=True)
-    return zipfile.Path(path, member) if member else path
+    return [path]
 
 # --- Preparing, and reading back ------------------------------------------------------------------------
 def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None, out_root=None):
     """Tokenize `sources` into out_root/<name> (default: data/<name>) -> that folder. Same input, same bytes.
-    It is made under another name and renamed when whole: until then an earlier set of that name stays."""
+    There FILES are replaced once the new ones are whole, and nothing else is ever touched."""
     known = sources[0] if len(sources) == 1 and sources[0] in KNOWN else None
     enc = get_tokenizer(tokenizer)
-    if known in DOWNLOADS:
-        paths, share = [downloaded(known)], DOWNLOADS[known][2]
-    else:
-        paths, share = python_source(known) if known else local_files(sources), 0.1
-    val_fraction = share if val_fraction is None else val_fraction
-    folder = Path(out_root or DATA_DIR) / (name or default_name(sources[0], tokenizer))
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)   # of an earlier run that was killed
-    try:
-        partial.mkdir(parents=True)
-        splits = write_splits(partial, read_all(paths, known), enc, val_fraction)
-        meta = {"name": folder.name, "sources": [str(s) for s in sources], "tokenizer": str(tokenizer),
-                "tokenizer_fingerprint": fingerprint_tokenizer(enc), "vocab_size": enc.n_vocab,
-                "eot": eot_token(enc), "val_fraction": val_fraction, **splits}
-        if Path(tokenizer).is_file():   # keep the vocabulary beside the tokens: the original may move
-            shutil.copyfile(tokenizer, partial / "tokenizer.tiktoken")
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except (OSError, KeyboardInterrupt) as error:   # a full disk, a file that may not be read, Ctrl-C
-        fail(f"{folder.name} was not prepared ({str(error) or 'interrupted'}): nothing was changed")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    train, val = meta["train_tokens"], meta["val_tokens"]
-    print(f"{folder}: {meta['documents']:,} documents, {train:,} training and {val:,} validation tokens")
+    name = default_name(sources[0], tokenizer) if name is None else name
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        fail(f"--name {name!r} must be the name of one folder: letters, digits, and . - _ behind the first")
+    folder = Path(out_root or DATA_DIR) / name
+    find = downloaded if known in DOWNLOADS else python_source
+    paths = find(known) if known else local_files(sources)
+    if taken := {*map(os.path.realpath, paths)} & {os.path.realpath(folder / file) for file in FILES}:
+        fail(f"{taken.pop()} is a file that preparing {name} replaces: give another --name")
+    if val_fraction is None:
+        val_fraction = DOWNLOADS[known][2] if known in DOWNLOADS else 0.1
+    with TemporaryDirectory(dir=folder if folder.exists() else folder.parent) as own, open(__file__) as lock:
+        splits = write_splits(Path(own), read_all(paths, known), enc, val_fraction)
+        meta = {"name": name, "sources": [Path(s).name for s in sources], "val_fraction": val_fraction,
+                "tokenizer": enc.name, "vocab_size": enc.n_vocab, "border": border_token(enc), **splits,
+                "vocabulary": vocabulary_of(enc)}
+        Path(own, "meta.json").write_text(json.dumps(meta | {"checksum": checksum(meta)}, indent=2))
+        folder.mkdir(exist_ok=True)
+        with suppress(ImportError, OSError):   # Windows and some network disks have no locks
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX)   # this file serves: one process at a time moves its three
+        for file in FILES:
+            Path(own, file).replace(folder / file)
+    print(f"{folder}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
+          f"{meta['val_tokens']:,} validation tokens")
     return folder
 
 def read_all(paths, known):
     """(path, document) of every file, with a progress bar; blank documents are left out."""
-    plain = [p for p in paths if isinstance(p, Path) and p.is_file() and p.suffix != ".gz"]
-    size = sum(p.stat().st_size for p in plain) or None
+    plain = [p for p in paths if p.is_file() and p.suffix.lower() not in (".gz", ".zip")]
+    size, warned = sum(p.stat().st_size for p in plain) or None, None
     with tqdm(total=size, unit="B", unit_scale=True, desc="prepare") as bar:
         for path in paths:
-            for text in documents(path, known):
-                bar.update(len(text))
-                if known in MADE_HERE:   # else the commonest chunk is four blanks, which flatters BrierLM
-                    text = text.replace(b"    ", b"\t")
-                if text.strip():
-                    yield path, text
-
+            try:
+                for text in documents(path, known):
+                    bar.update(len(text))
+                    if known in MADE_HERE:   # else the commonest chunk is four blanks, which flatters BrierLM
+                        text = text.replace(b"    ", b"\t")
+                    rare = len(text) - len(text.translate(None, CONTROL))
+                    if path != warned and (rare > len(text) / 20 or text[:2] in (b"\xff\xfe", b"\xfe\xff")):
+                        warned = path
+                        tqdm.write(f"warning: {path} is hardly text: if it is, save it as UTF-8", sys.stderr)
+                    if text.strip():
+                        yield path, text
+            except Exception as error:   # whatever is wrong in the file
+                helps = "delete it, to download it again" if known in DOWNLOADS else "is it whole?"
+                fail(f"{path} could not be read ({type(error).__name__}: {error}): {helps}")
 def write_splits(folder, texts, enc, val_fraction):
-    """Write train.bin and val.bin into `folder` as (path, document) come -> their part of meta.json."""
+    """Write train.bin and val.bin as (path, document) come, an empty one as a copy -> part of meta.json."""
     dtype = next(d for d in (np.uint8, np.uint16, np.uint32) if enc.n_vocab <= np.iinfo(d).max + 1)
-    documents, tokens = 0, {"train": 0, "val": 0}
+    documents, tokens, border = 0, {"train": 0, "val": 0}, border_token(enc)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for path, text in texts:
             draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64   # in [0, 1)
             split, file = ("val", val) if draw < val_fraction else ("train", train)
-            ids = [*encode(enc, text, path), eot_token(enc)]
+            ids = [border, *encode(enc, text, path)]
             np.array(ids, dtype).tofile(file)
             tokens[split] += len(ids)
             documents += 1
@@ -278,27 +304,21 @@ def write_splits(folder, texts, enc, val_fraction):
         fail("no text there: empty files cannot be prepared")
     if 0 < val_fraction < 1 and 0 in tokens.values():
         full, empty = sorted(tokens, key=tokens.get, reverse=True)
-        print(f"warning: too few different documents to hold some out, so {empty}.bin repeats {full}.bin",
-              file=sys.stderr)
+        print(f"warning: too few documents to hold some out: {empty}.bin repeats {full}.bin", file=sys.stderr)
         shutil.copyfile(folder / f"{full}.bin", folder / f"{empty}.bin")
         tokens[empty] = tokens[full]
     return {"dtype": np.dtype(dtype).name, "documents": documents, "train_tokens": tokens["train"],
             "val_tokens": tokens["val"], "fingerprint": [fingerprint(folder / f"{s}.bin") for s in tokens]}
-
-def fingerprint(path, blocks=4096):
-    """A hash of a file's size and of 4 KiB at so many places of it: a moment's work for any file."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+def fingerprint(path):
     with open(path, "rb") as file:
-        for i in range(blocks):
-            file.seek(i * size // blocks)
-            digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def checksum(meta):
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 def default_name(source, tokenizer):
     """stdlib, shakespeare, the stem of a path; then the tokenizer's, unless it is the default."""
-    base = "stdin" if source == "-" else Path(source).resolve().name.split(".")[0] or "data"
-    return base if tokenizer == "bytes" else f"{base}-{Path(tokenizer).stem}"
+    base = "stdin" if source == "-" else Path(os.path.abspath(source)).name.split(".")[0]
+    name = base if tokenizer == "bytes" else f"{base}-{Path(tokenizer).stem}"
+    return re.sub(r"[^\w.-]+", "-", name).lstrip(".-") or "data"
 
 @dataclass
 class TokenData:
@@ -313,22 +333,19 @@ class TokenData:
         """Tokens [o, o + length) for each of the offsets o (B,) -> int64 (B, length): what makes a batch."""
         tokens = getattr(self, split)
         return torch.from_numpy(np.stack([tokens[o:o + length] for o in offsets]).astype(np.int64))
-
     def random_offsets(self, split, count, length, seed):
         """`count` window starts, a function of the seed alone: nothing to save for an exact resume."""
         starts = len(self.check(split, length)) - length + 1
         return np.random.default_rng(seed).integers(0, starts, size=count)
-
     def even_offsets(self, split, count, length):
         """Up to `count` starts of windows that do not overlap, spread evenly over the split."""
         whole = len(self.check(split, length)) // length
         return np.arange(min(count, whole)) * whole // min(count, whole) * length
-
     def check(self, split, length):
         tokens = getattr(self, split)
         if len(tokens) < length:
-            fail(f"the {split} split of {self.folder} has {len(tokens)} tokens, fewer than one context of "
-                 f"{length}: prepare more text (python data/prepare.py --help) or lower --block_size")
+            fail(f"{self.folder}/{split}.bin has {len(tokens)} tokens, fewer than one context of {length}: "
+                 "prepare more text, or use a shorter context")
         return tokens
 
 def load_data(name):
@@ -338,18 +355,24 @@ def load_data(name):
     folder = next((f for f in (DATA_DIR / name, Path(name)) if (f / "meta.json").is_file()), None)
     if folder is None:
         fail(f"no data set {name!r} under {DATA_DIR}: `python data/prepare.py SOURCE --name {name}` makes it")
-    meta = json.loads((folder / "meta.json").read_text())
     splits = {}
-    for split, expected in zip(("train", "val"), meta["fingerprint"]):
-        path, count = folder / f"{split}.bin", meta[f"{split}_tokens"]
-        if not path.is_file() or fingerprint(path) != expected:
-            fail(f"{path} is not, or no longer, what was prepared ({count:,} tokens): prepare it again")
-        splits[split] = np.memmap(path, meta["dtype"], "r") if count else np.empty(0, meta["dtype"])
-    copy = folder / "tokenizer.tiktoken"   # a vocabulary that came as a file stays with its tokens
-    if copy.is_file():
-        meta["tokenizer"] = str(copy)
-    return TokenData(folder, meta, get_tokenizer(meta["tokenizer"]), **splits)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta.pop("checksum") != checksum(meta):
+            raise ValueError("a value in it has changed")
+        for split, expected in zip(("train", "val"), meta["fingerprint"]):
+            path, count = folder / f"{split}.bin", meta[f"{split}_tokens"]
+            if not path.is_file() or fingerprint(path) != expected:
+                raise ValueError(f"{path.name} is not, or no longer, what was prepared")
+            splits[split] = np.memmap(path, meta["dtype"], "r") if count else np.empty(0, meta["dtype"])
+        tokenizer = tokenizer_from(meta)
+    except Exception as error:   # whatever is wrong in the files
+        fail(f"{folder}: meta.json or tokens damaged, or old ({type(error).__name__}: {error}): prepare anew")
+    inside = folder.absolute().parent == DATA_DIR   # then its name is enough, wherever this folder moves
+    name = folder.absolute().name if inside else str(folder)
+    return TokenData(folder, meta | {"name": name}, tokenizer, **splits)
 
+@script()
 def main():
     parser = Parser(description="Tokenize text into data/<name>/.")
     add = parser.add_argument

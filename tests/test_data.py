@@ -3,8 +3,13 @@ import base64
 import gzip
 import io
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,21 +20,23 @@ import pytest
 import tiktoken
 
 import data.prepare as prepare_script
-from data.prepare import DOWNLOADS, encode, eot_token, get_tokenizer, load_data, pieces, prepare
+from data.prepare import DOWNLOADS, FILES, border_token, encode, get_tokenizer, load_data, pieces, prepare
+from sample import decode
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def decoded(folder, split="train"):
     """The documents of a split, as bytes."""
     data = load_data(str(folder))
-    documents, document = [], []
+    documents = []
     for token in getattr(data, split).tolist():
-        if token == data.meta["eot"]:
-            documents.append(data.tokenizer.decode_bytes(document))
-            document = []
+        if token == data.meta["border"]:   # the first token, too
+            documents.append([])
         else:
-            document.append(token)
-    assert not document   # the last document ends in end-of-text, too
-    return documents
+            documents[-1].append(token)
+    return [decode(data.tokenizer, document) for document in documents]
 
 
 def everything(folder):
@@ -118,7 +125,7 @@ def test_odd_text_round_trips_through_every_tokenizer(kind, data_dir, tmp_path, 
     for number in range(20):
         text = odd_text(number).encode()
         ids = encode(enc, text)
-        assert enc.decode_bytes(ids) == text and eot_token(enc) not in ids and max(ids) < enc.n_vocab
+        assert decode(enc, ids) == text and border_token(enc) not in ids and max(ids) < enc.n_vocab
     texts = {odd_text(number) for number in range(20)}
     (tmp_path / "odd.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts, "", " \n"]))
     out = prepare([tmp_path / "odd.jsonl"], tokenizer=name, val_fraction=0.3, out_root=data_dir)
@@ -180,14 +187,15 @@ def test_long_text_is_cut_at_good_places_and_loses_nothing():
     assert all(piece.decode() for piece in pieces(io.BytesIO("é".encode() * 30_000), 8191))
 
 
-def test_a_tokenizer_file_is_read_and_kept_beside_the_tokens(data_dir, tmp_path, vocabulary):
+def test_a_tokenizer_file_is_read_and_kept_with_the_tokens(data_dir, tmp_path, vocabulary):
     text = tmp_path / "story.txt"
     text.write_text("the thing in the thick of it, naïve 😀\n\n" * 50)
     out = prepare([text], tokenizer=str(vocabulary), val_fraction=0, out_root=data_dir)
     assert out.name == "story-small"
     vocabulary.unlink()
     data = load_data("story-small")
-    assert data.meta["vocab_size"] == 261 + 256 and data.meta["eot"] == 262 and data.meta["dtype"] == "uint16"
+    assert data.meta["vocab_size"] == 261 + 256 and data.meta["border"] == 261
+    assert data.meta["dtype"] == "uint16"
     assert b"".join(decoded(out)) == text.read_bytes()
     assert len(data.train) < len(text.read_bytes())   # merges were used
 
@@ -202,7 +210,7 @@ def test_dtype_follows_the_vocabulary(data_dir, tmp_path, monkeypatch):
         monkeypatch.setattr(prepare_script, "get_tokenizer", lambda name: enc)
         prepare([text], "t", tokenizer="x", val_fraction=0, out_root=data_dir)
         data = load_data("t")
-        assert data.meta["dtype"] == dtype and data.train.dtype == dtype and data.train[-1] == size - 1
+        assert data.meta["dtype"] == dtype and data.train.dtype == dtype and data.train[0] == size - 1
 
 
 def test_text_that_cannot_be_split_validates_on_itself_and_says_so(data_dir, tmp_path, capsys):
@@ -300,9 +308,9 @@ def test_a_killed_prepare_leaves_what_was_there_before(earlier, data_dir, tmp_pa
 
     def killed(*_):
         yield b"other text"
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt   # Ctrl-C
     monkeypatch.setattr(prepare_script, "documents", killed)
-    with pytest.raises(SystemExit):
+    with pytest.raises(KeyboardInterrupt):
         prepare([text], "t", out_root=data_dir)
     if earlier:
         assert everything(data_dir / "t") == before
@@ -315,27 +323,79 @@ def test_a_killed_prepare_leaves_what_was_there_before(earlier, data_dir, tmp_pa
 
 def bad_inputs():
     return {
-        "no data": (["nowhere.txt"], "no data at nowhere.txt"),
+        "no data": (["nowhere.txt"], "no data at 'nowhere.txt'"),
         "empty file": (["empty.txt"], "no text there"),
         "blank file": (["blank.md"], "no text there"),
         "empty folder": (["nothing"], "nothing holds no text"),
-        "unknown kind": (["picture.png"], "expected .txt"),
+        "folder without text": (["pictures"], "expected .txt"),
+        "empty source": ([""], "no data at ''"),
+        "parent": (["good.txt", "--name", ".."], "--name '..' must be the name of one folder"),
+        "this folder": (["good.txt", "--name", "."], "--name '.' must be"),
+        "a path": (["good.txt", "--name", "/tmp/x"], "--name '/tmp/x' must be"),
+        "a path inside": (["good.txt", "--name", "a/../../b"], "must be the name of one folder"),
+        "an empty name": (["good.txt", "--name", ""], "--name '' must be"),
+        "a hidden name": (["good.txt", "--name", ".git"], "--name '.git' must be"),
+        "a name like a flag": (["good.txt", "--name=-rf"], "--name '-rf' must be"),
+        "a name of two lines": (["good.txt", "--name", "a\nb"], "must be"),
+        "a very long name": (["good.txt", "--name", "x" * 300], "File name too long"),
+        "a loop": (["loop"], "no data at 'loop'"),
+        "a known one among others": (["stdlib", "good.txt"], "or alone stdlib"),
+        "a very long source": (["x" * 5000], "File name too long"),
         "not UTF-8": (["latin.txt", "--tokenizer", "small.model"], "latin.txt is not UTF-8"),
         "unknown tokenizer": (["good.txt", "--tokenizer", "gpt99"], "unknown tokenizer 'gpt99'"),
-        "not a vocabulary": (["good.txt", "--tokenizer", "good.txt"], "not a tiktoken-format file"),
+        "tokenizer, a folder": (["good.txt", "--tokenizer", "nothing"], "unknown tokenizer 'nothing'"),
+        "no tokenizer": (["good.txt", "--tokenizer", ""], "unknown tokenizer ''"),
         "no text field": (["bad.jsonl"], "bad.jsonl, line 2"),
+        "torn line": (["torn.json"], "torn.json, line 2"),
+        "no object a line": (["list.json"], "list.json, line 1"),
+        "text of no string": (["number.jsonl"], "number.jsonl, line 1"),
+        "too deep": (["deep.jsonl"], "deep.jsonl, line 1"),
+        "not UTF-8, jsonl": (["latin.jsonl"], "latin.jsonl, line 1"),
+        "cut .gz": (["cut.txt.gz"], "cut.txt.gz could not be read (EOFError"),
+        "flipped .gz": (["flipped.txt.gz"], "flipped.txt.gz could not be read"),
+        "no .gz": (["plain.gz"], "plain.gz could not be read (BadGzipFile"),
+        "cut .jsonl.gz": (["cut.jsonl.GZ"], "cut.jsonl.GZ could not be read (EOFError"),
         "fraction": (["good.txt", "--val_fraction", "1.5"], "--val_fraction"),
+        "fraction, no number": (["good.txt", "--val_fraction", "nan"], "nan is not in [0, 1]"),
         "unknown flag": (["good.txt", "--nam", "x"], "--nam"),
+        **{f"vocabulary, {kind}": (["good.txt", "--tokenizer", f"{kind}.model"], "not a tiktoken-format file")
+           for kind in ("text", "binary", "no_rank", "torn", "words")},
+        **{f"vocabulary, {kind}": (["good.txt", "--tokenizer", f"{kind}.model"], "is not a whole vocabulary")
+           for kind in ("empty", "blank", "bytes_missing", "gap", "from_1", "negative", "twice",
+                        "same_rank")},
     }
 
 
 @pytest.mark.parametrize("case", bad_inputs())
 def test_bad_input_is_one_line_and_exit_code_2(case, data_dir, tmp_path, vocabulary, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    whole = vocabulary.read_bytes().splitlines(keepends=True)
+    packed = gzip.compress(random.Random(0).randbytes(3000))
     files = {
+        "text.model": b"text",
+        "binary.model": bytes(range(256)),
+        "no_rank.model": b"".join([*whole, b"dGhlcmU=\n"]),
+        "torn.model": b"".join(whole)[:-7],
+        "words.model": b"".join([*whole, b"dGhlcmU= many\n"]),
+        "empty.model": b"",
+        "blank.model": b"\n\n",
+        "bytes_missing.model": b"".join(whole[:100]),
+        "gap.model": b"".join(whole[:-1]) + whole[-1].replace(b"260", b"261"),
+        "from_1.model": b"".join(b"%s %d\n" % (line.split()[0], i) for i, line in enumerate(whole, 1)),
+        "negative.model": b"".join(whole) + b"dGhlcmU= -1\n",
+        "twice.model": b"".join(whole) + whole[-1],
+        "same_rank.model": b"".join(whole) + b"dGhlcmU= 260\n",
+        "torn.json": b'{"text": "a"}\n{"text": "b',
+        "list.json": b'[{"text": "a"}]',
+        "number.jsonl": b'{"text": 5}',
+        "deep.jsonl": b"[" * 100_000,
+        "latin.jsonl": '{"text": "é"}'.encode("latin-1"),
+        "cut.txt.gz": packed[:-20],
+        "flipped.txt.gz": packed[:1500] + bytes([packed[1500] ^ 255]) + packed[1501:],
+        "plain.gz": b"text",
+        "cut.jsonl.GZ": gzip.compress(b'{"text": "a"}\n' * 9)[:-9],
         "empty.txt": b"",
         "blank.md": b" \n\n",
-        "picture.png": b"x",
         "latin.txt": "é".encode("latin-1"),
         "good.txt": b"text",
         "bad.jsonl": b'{"text": "a"}\n{"words": "b"}\n',
@@ -343,11 +403,15 @@ def test_bad_input_is_one_line_and_exit_code_2(case, data_dir, tmp_path, vocabul
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"x")
     argv, message = bad_inputs()[case]
     result = run(prepare_script, *argv)
-    errors = [line for line in result.err.splitlines() if "error" in line]
-    assert result.code == 2 and len(errors) == 1 and message in errors[0]
+    errors = [line for line in result.err.splitlines() if line.startswith("error")]
+    assert result.code == 2 and len(errors) == 1 and message in result.err, result.err
     assert not list(data_dir.iterdir())   # not even a temporary folder
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
 
 
 def test_a_vocabulary_that_cannot_be_downloaded_is_said(data_dir, tmp_path, run, monkeypatch):
@@ -377,12 +441,191 @@ def test_a_truncated_data_file_is_said(foxes, data_dir, capsys):
     assert "train.bin" in capsys.readouterr().err
 
 
+META_DAMAGE = {
+    "cut": lambda meta: meta[:100],
+    "empty": lambda meta: b"",
+    "a list": lambda meta: b"[]",
+    "no JSON": lambda meta: b"\0" * 50,
+    "not UTF-8": lambda meta: meta.replace(b"foxes", b"f\xffxes", 1),
+    "a flipped digit": lambda meta: meta.replace(b'"train_tokens": ', b'"train_tokens": 1', 1),
+    "another type": lambda meta: meta.replace(b'"uint16"', b'"float16"', 1),
+    "another vocabulary": lambda meta: meta.replace(b'"a": 97', b'"a": 98', 1),
+    "no border": lambda meta: meta.replace(b"<|endoftext|>", b"<|endofbook|>", 1),
+    "of an earlier version": lambda meta: json.dumps({"tokenizer": "bytes", "train_tokens": 1}).encode(),
+}
+
+
+@pytest.mark.parametrize("damage", META_DAMAGE)
+def test_a_damaged_meta_json_is_said(damage, foxes, data_dir, capsys):
+    path = data_dir / foxes / "meta.json"
+    whole = path.read_bytes()
+    path.write_bytes(META_DAMAGE[damage](whole))
+    assert path.read_bytes() != whole
+    with pytest.raises(SystemExit, match="2"):
+        load_data(foxes)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {data_dir / foxes}: meta.json") and error.count("\n") == 1
+    assert "prepare" in error
+
+
+# --- Nothing of the user's is lost --------------------------------------------------------------------------
+
+def test_preparing_replaces_its_own_files_and_nothing_else(data_dir, run):
+    """Text beside its tokens, as in nanoGPT; twice, the second time with other text; the folder as source."""
+    folder = data_dir / "mine"
+    (folder / "more").mkdir(parents=True)
+    kept = {"input.txt": b"some text " * 9, "prepare.py": b"mine()", "more/notes.md": b"# notes",
+            "tokenizer.tiktoken": b"mine", "train.bin.bak": b"\0"}
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    for source, text in ((folder, b"some text"), (folder / "input.txt", b"some text"), (folder, b"x")):
+        (folder / "input.txt").write_bytes(text)
+        assert run(prepare_script, source, "--name", "mine").code == 0
+        found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        assert {name: found[name] for name in kept} == kept | {"input.txt": text}
+        assert found.keys() == kept.keys() | set(FILES)
+        assert text in decoded(folder) + decoded(folder, "val")
+
+
+def test_a_terminated_prepare_leaves_nothing(data_dir, tmp_path, run, monkeypatch):
+    def terminated(*_):
+        yield b"text"
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+    monkeypatch.setattr(prepare_script, "documents", terminated)
+    (tmp_path / "t.txt").write_text("text")
+    assert run(prepare_script, tmp_path / "t.txt").code == 143 and not list(data_dir.iterdir())
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_preparing_replaces_is_no_source(file, foxes, data_dir, run):
+    before = everything(data_dir / foxes)
+    result = run(prepare_script, data_dir / foxes / file, "--name", foxes)
+    assert result.code == 2 and "is a file that preparing foxes replaces" in result.err
+    assert everything(data_dir / foxes) == before
+
+
+def test_a_linked_folder_is_filled_where_it_is(data_dir, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "mine.txt").write_text("kept")
+    (data_dir / "far").symlink_to(disk)
+    (tmp_path / "t.txt").write_text("some text")
+    prepare([tmp_path / "t.txt"], "far", out_root=data_dir)
+    assert (data_dir / "far").is_symlink() and {p.name for p in disk.iterdir()} == {"mine.txt", *FILES}
+    assert decoded(data_dir / "far") == [b"some text"]
+
+
+def test_processes_that_prepare_one_data_set_at_a_time_leave_a_whole_one(data_dir, tmp_path):
+    """Of different texts, over and over: what is left is that of one of them."""
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 5000)
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from data.prepare import prepare
+        for _ in range(30):
+            prepare([sys.argv[1]], "both", out_root=Path(sys.argv[2]))"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path / f"{name}.txt", data_dir], cwd=ROOT,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for name in "ab"]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(set(b"".join(decoded(data_dir / "both")))) == 1
+    assert {p.name for p in (data_dir / "both").iterdir()} == set(FILES)
+
+
+NAMES = {"My Notes (2).txt": "My-Notes-2-", "-rf.txt": "rf", "...txt": "data", "日本語.txt": "日本語",
+         "a\nb.md": "a-b", ".env": "data", "UPPER.TXT": "UPPER", "$(ls).txt": "ls-"}
+
+
+@pytest.mark.parametrize("file", NAMES)
+def test_a_name_is_made_from_any_files(file, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(file).write_text("some text")
+    assert prepare([str(tmp_path / file)], out_root=data_dir).name == NAMES[file]
+
+
+@pytest.mark.parametrize("file", [
+    "a.TXT", "wiki.raw", "README", "a.JSON", "a.jsonl", "a.tsv", "a.MD.GZ", "-"])
+def test_a_file_named_by_hand_is_read_whatever_its_name(file, data_dir, tmp_path):
+    text = b'{"text": "some"}\n\n{"text": "text"}\n'
+    lines = [b"some", b"text"] if "json" in file.lower() else [text]
+    (tmp_path / file).write_bytes(gzip.compress(text) if "GZ" in file else text)
+    folder = prepare([tmp_path / file], "by-hand", val_fraction=0, out_root=data_dir)
+    assert decoded(folder) == lines
+
+
+NO_TEXT = {
+    "UTF-16": "plain text".encode("utf-16"),
+    "UTF-16 without a mark": ("plain text " * 9).encode("utf-16-le"),
+    "UTF-16, Chinese": ("中文，書。\n" * 99).encode("utf-16-le"),
+    "UTF-32": "plain text".encode("utf-32-le"),
+    "zipped": gzip.compress(random.Random(0).randbytes(999)),
+    "numbers": np.arange(99.0).tobytes(),
+}
+TEXT = {
+    "UTF-8": "naïve 中文 😀\n".encode() * 9,
+    "Latin-1": "né à l'été".encode("latin-1") * 9,
+    "colours": b"\x1b[31mred\x1b[0m\n" * 9,
+    "Windows": b"a\r\n\x0c" * 9,
+}
+
+
+@pytest.mark.parametrize("kind", [*NO_TEXT, *TEXT])
+def test_what_is_hardly_text_is_said_once(kind, data_dir, tmp_path, capsys):
+    (tmp_path / "t.txt").write_bytes((NO_TEXT | TEXT)[kind] * 200)   # several documents
+    prepare([tmp_path / "t.txt"], val_fraction=0, out_root=data_dir)
+    assert capsys.readouterr().err.count("t.txt is hardly text") == (kind in NO_TEXT)
+
+
+def test_a_vocabulary_with_begin_of_text_has_it_as_border(vocabulary, data_dir, tmp_path):
+    enc = get_tokenizer(str(vocabulary))
+    assert border_token(enc) == enc.encode_single_token("<|begin_of_text|>")
+    assert border_token(get_tokenizer("bytes")) == 256
+    (tmp_path / "t.jsonl").write_text('{"text": "in"}\n{"text": "the"}\n')
+    prepare([tmp_path / "t.jsonl"], "t", str(vocabulary), val_fraction=0, out_root=data_dir)
+    assert load_data("t").train.tolist() == [261, 259, 261, 257]
+
+
+def test_data_and_their_vocabulary_need_no_other_file(data_dir, tmp_path, vocabulary):
+    """Renamed, it is the same vocabulary; a token that is none decodes to nothing."""
+    (tmp_path / "t.txt").write_text("the thing")
+    one = load_data(str(prepare([tmp_path / "t.txt"], "one", str(vocabulary), out_root=data_dir)))
+    vocabulary = vocabulary.rename(tmp_path / "bytes")
+    two = load_data(str(prepare([tmp_path / "t.txt"], "two", str(vocabulary), out_root=data_dir)))
+    assert one.meta["vocabulary"] == two.meta["vocabulary"] and str(tmp_path) not in json.dumps(one.meta)
+    assert one.train.tolist() == two.train.tolist()
+    assert decode(one.tokenizer, [257, 10_000, 258]) == b"the the"   # 10,000 is no token
+
+
+def test_a_million_blanks_are_encoded(vocabulary):
+    enc, text = get_tokenizer(str(vocabulary)), b" " * 1_000_000 + b"a"
+    assert decode(enc, encode(enc, text)) == text
+
+
+@pytest.mark.parametrize("name, content, error", [
+    ("enwik8", b"no zip", "BadZipFile"), ("enwik8", b"", "BadZipFile"), ("enwik8", "cut", "BadZipFile"),
+    ("enwik8", "flipped", "could not be read"), ("enwik8", "other member", "could not be read"),
+    ("shakespeare", b"", "no text there")])
+def test_a_damaged_copy_of_a_download_is_named(name, content, error, data_dir, run):
+    whole = zipped("enwik8", random.Random(0).randbytes(9000))
+    content = {"cut": whole[:-30], "flipped": whole[:4000] + bytes([whole[4000] ^ 1]) + whole[4001:],
+               "other member": zipped("enwik9", b"text")}.get(content, content)
+    copy = data_dir / "downloads" / (name + (".zip" if name == "enwik8" else ".txt"))
+    copy.parent.mkdir()
+    copy.write_bytes(content)
+    result = run(prepare_script, name)
+    assert result.code == 2 and error in result.err and "Traceback" not in result.err
+    assert copy.read_bytes() == content and not (data_dir / name).exists()
+    if name == "enwik8":
+        assert "enwik8.zip could not be read" in result.err and "delete it" in result.err
+
+
 def test_documents_that_look_like_special_tokens_stay_text():
     enc = get_tokenizer("bytes")
-    assert eot_token(enc) not in encode(enc, b"a <|endoftext|> b")
+    assert border_token(enc) not in encode(enc, b"a <|endoftext|> b")
 
 
 def test_meta_names_what_is_needed_to_decode(foxes, data_dir):
     meta = json.loads((data_dir / "foxes" / "meta.json").read_text())
-    assert set(meta) >= {"tokenizer", "tokenizer_fingerprint", "vocab_size", "eot",
+    assert set(meta) >= {"tokenizer", "vocabulary", "vocab_size", "border", "checksum",
                          "dtype", "fingerprint", "train_tokens", "val_tokens"}

@@ -20,7 +20,7 @@ import eval_brier
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig, kl_to_normal
 from calm import AR, CALM, ARConfig, CALMConfig, energy_score, load_official
-from data.checkpoint import our_name
+from data.checkpoint import OFFICIAL_NAMES
 from data.prepare import prepare
 from eval_brier import brier_ngram
 
@@ -148,7 +148,10 @@ def test_ar_baseline_is_theirs():
     layers = sum(k.endswith("q_proj.weight") for k in theirs)
     model = AR(ARConfig(vocab_size, width, len(theirs["model.layers.0.mlp.gate_proj.weight"]), layers,
                         SIZES["lm"]["num_attention_heads"], ids.shape[1]))
-    model.load_state_dict({our_name(name.replace("model.", "transformer.")): t for name, t in theirs.items()})
+    theirs = {name.replace("model.", "transformer."): tensor for name, tensor in theirs.items()}
+    for pattern, ours in OFFICIAL_NAMES.items():
+        theirs = {re.sub(pattern, ours, name): tensor for name, tensor in theirs.items()}
+    model.load_state_dict(theirs)
     assert_close(model.lm_head(model.hidden(ids)), OFFICIAL["ar.logits"])
 
 
