@@ -9,7 +9,6 @@ from (seed, stage, step, its number): the same when resumed, on as many processe
 """
 import atexit
 import inspect
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval_brier
-from autoencoder import Autoencoder, AutoencoderConfig, check_numbers
+from autoencoder import Autoencoder, AutoencoderConfig, check, check_numbers
 from calm import AR, CALM, HEADS, ARConfig, CALMConfig, flops_per_token
 from data.checkpoint import (autocast, cast_matrices, load_checkpoint, open_checkpoint, rewind_log,
                              save_checkpoint, saved_settings, select_device, select_dtype, write_log)
@@ -52,6 +51,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_numbers(self)
+        check(self.grad_clip > 0, f"grad_clip must be above 0, not {self.grad_clip}: 1e9 clips nothing")
+        check(self.decay_frac <= 1, f"decay_frac must be at most 1, not {self.decay_frac}")
 
 # Any flag given wins. latent_dim and block_size are for chunks of 4: they follow another --chunk_size.
 PAPER = dict(latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
@@ -78,6 +79,12 @@ PREFIXED = {"n_embd", "n_ff", "n_layer", *(f.name for f in fields(TrainConfig))}
 def flag(name, stage):
     return f"ae_{name}" if stage == "autoencoder" and name in PREFIXED else name
 
+# A resumed run takes no flag in OWN from its checkpoint. Of all others it obeys what is given; but another
+# value of one in FIXED is an error: the models are what they were, and so are the optimizers.
+OWN = {"resume", "out_dir", "device", "model"}
+FIXED = {"preset", "optimizer", "ae_optimizer", *(flag(f.name, stage) for config, stage in (
+    (CALMConfig, "calm"), (AutoencoderConfig, "autoencoder")) for f in fields(config))}
+
 def add_flags(group, config, stage="calm", skip=()):
     """A flag for every field of a config class, with the comment beside the field as its help."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.MULTILINE))
@@ -85,7 +92,6 @@ def add_flags(group, config, stage="calm", skip=()):
         choices = list(HEADS) if f.name == "head" else get_args(f.type)   # get_args: of a Literal, else none
         group.add_argument(f"--{flag(f.name, stage)}", type=str if choices else f.type,
                            choices=choices or None, default=f.default, help=comments[f.name])
-
 def config_of(config, args, stage, **given):
     """A config from the flags of its fields, or from what is given in their place."""
     values = {f.name: getattr(args, flag(f.name, stage), f.default) for f in fields(config)}
@@ -96,8 +102,7 @@ def parse_args(argv):
     run = parser.add_argument_group("run").add_argument
     run("--model", default="calm", choices=STAGES, help="what to train; calm trains its autoencoder first")
     run("--preset", default="auto", choices=["auto", *PRESETS], help="auto: mini on CUDA, else nano")
-    run("--data", default="stdlib", help="data set under data/; a known one (data/prepare.py) is prepared; "
-                                         "mini: site-packages")
+    run("--data", default="stdlib", help="data set under data/; a known one is prepared; mini: site-packages")
     run("--out_dir", help="the run's folder; None: out/<data name>")
     run("--resume", action="store_true", help="go on from the checkpoint in out_dir, with its settings")
     run("--match_flops", metavar="RUN", help="as many steps as cost what RUN's calm.pt and autoencoder did")
@@ -121,16 +126,22 @@ def parse_args(argv):
     parser.set_defaults(**defaults | {"latent_dim": defaults["latent_dim"] * K // 4,
                                       "block_size": defaults["block_size"] * 4 // K})
     if early.model == "ar":
+        if early.match_flops and early.preset == "auto":   # CALM's settings are the baseline's, too
+            parser.set_defaults(**saved_settings(Path(early.match_flops), ["calm"], OWN))
         parser.set_defaults(muon_lr=0.02)   # what the baseline liked best, CALM 0.01
     args = parser.parse_args(argv)
-    out_dir = Path(args.out_dir or Path("out") / Path(args.data).name)
+    out_dir = Path(args.out_dir or Path("out") / Path(args.data).absolute().name)
     if args.resume:
         stages = ("calm", "autoencoder") if args.model == "calm" else (args.model,)
-        parser.set_defaults(**saved_settings(out_dir, stages))
+        saved = saved_settings(out_dir, stages, OWN)
+        parser.set_defaults(**saved)
         args = parser.parse_args(argv)
+        for name in FIXED:
+            if (asked := getattr(args, name)) != saved[name]:
+                fail(f"{out_dir} has {name} {saved[name]}, this run asks for {asked}: drop the flag")
     args.out_dir = out_dir
     args.context = args.block_size * args.chunk_size   # in tokens
-    if args.match_flops and args.model == "autoencoder":
+    if early.match_flops and args.model == "autoencoder":
         fail("--match_flops sets the length of a CALM or an AR run: drop it, or --model autoencoder")
     for config, stage in ((TrainConfig, "autoencoder"), (AutoencoderConfig, "autoencoder"),
                           (TrainConfig, "calm"), (CALMConfig, "calm"), (ARConfig, "ar")):
@@ -140,49 +151,56 @@ def parse_args(argv):
             name, what = str(error).split(maxsplit=1)
             fail(f"--{flag(name, stage)} {what}")
     args.stride = eval_brier.ngram_stride(args.chunk_size)   # of BrierLM; AR is scored where CALM is
+    if args.context < args.stride + max(4, args.chunk_size) and args.model != "autoencoder":
+        fail(f"--block_size {args.block_size} is too short a context for BrierLM: take a longer one")
     return args
 
 # --- One process of a run: alone, or one of torchrun's --------------------------------------------------
 class World:
     """Who we are among the processes, and where we compute."""
     def __init__(self, args):
-        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.main = self.rank == 0
         self.device = select_device(args.device)
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
+            self.device = select_device(f"cuda:{os.environ.get('LOCAL_RANK', self.device.index or 0)}")
             torch.cuda.set_device(self.device)
-        if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                    timeout=timedelta(days=1))   # the others wait while one prepares data
-            atexit.register(dist.destroy_process_group)
-        self.dtype = select_dtype(args.dtype, self.device)
-        wanted = args.compile == "on" or args.compile == "auto" and self.device.type == "cuda"
-        self.compile = wanted and self.can_compile()
-        self.interrupted = False
-
-    def can_compile(self):
-        """Whether torch.compile works here: it needs a C++ compiler, on CUDA Triton and a card it knows."""
         try:
-            torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.device))
-            return True
+            self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+            check(0 <= self.rank < self.size, f"RANK {self.rank} of {self.size}")
+            if self.size > 1:
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                        timeout=timedelta(days=1))   # the others wait while one prepares data
+                atexit.register(dist.destroy_process_group)
+        except (ValueError, RuntimeError) as error:
+            fail(f"{' '.join(str(error).split())[:150]}: torchrun sets WORLD_SIZE and RANK, else unset them")
+        self.main = self.rank == 0
+        self.dtype = select_dtype(args.dtype, self.device)
+        self.compile = args.compile == "on" or args.compile == "auto" and self.device.type == "cuda"
+        self.interrupted = self.training = False
+        try:   # torch.compile needs a C++ compiler, on CUDA Triton and a card that it knows
+            if self.compile:
+                torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.device))
         except Exception as error:   # whatever is missing
+            self.compile = False
             self.say(f"not compiled: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
-            return False
-
     def listen(self):
-        """From now on Ctrl-C and SIGTERM end the loop after its step; a second one ends it at once."""
-        def stop(*_):
-            if self.interrupted:
+        """From now on Ctrl-C and its like end the loop after its step; a second Ctrl-C ends it at once."""
+        def stop(number, _):
+            if not self.training or self.interrupted and number == signal.SIGINT:
                 raise SystemExit(130)
             self.interrupted = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-
+        self.training = True
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):   # SIGHUP: the terminal closed; nohup ignores it
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+                signal.signal(getattr(signal, name), stop)
     def say(self, text):
         if self.main:
-            tqdm.write(text)   # above the bar
-
+            self.show(tqdm.write, text)   # above the bar
+    def show(self, write, *args):
+        """Where nobody reads any more, a closed pipe or terminal, the run ends after its step, and saves."""
+        try:
+            write(*args)
+        except OSError:
+            self.interrupted = True
     def mean(self, value):
         """The mean over the processes of a number on each -> float."""
         value = torch.as_tensor(float(value), device=self.device)
@@ -229,7 +247,6 @@ def orthogonal(g):
     return (x.mT if tall else x).type_as(g)
 
 NOT_MUON = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")   # matrices whose rows are tokens
-
 def make_optimizers(model, config):
     """AdamW with weight decay on matrices only; with optimizer "muon", Muon for the inner matrices."""
     matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
@@ -243,13 +260,11 @@ def make_optimizers(model, config):
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
-
 def lr_factor(step, config):
     """Of step 1 .. max_steps: linear warm-up, constant, linear to 0 over the last decay_frac of the run."""
     decay_steps = config.decay_frac * config.max_steps
     decay = (config.max_steps + 1 - step) / decay_steps if decay_steps else 1.0
     return min(1.0, step / config.warmup_steps, decay)
-
 def micro_batches(data, seed, world, stage, step, count, batch_size, length):
     """This process's `count` micro-batches of a step, tokens (batch_size, length), each with its own seed."""
     number = STAGES.index(stage)
@@ -277,7 +292,6 @@ def train_step(compute, batches, count, optimizers, scaler, grad_clip, world):
     compute.zero_grad()
     scaler.update()       # float16: a smaller scale after a norm that was not finite
     return mean_loss, norm
-
 @torch.no_grad()
 def validate(stage, model, args, data, world, length, brier_windows):
     """Metrics on fixed validation windows with fixed noise: the loss and its parts, and BrierLM."""
@@ -294,39 +308,44 @@ def validate(stage, model, args, data, world, length, brier_windows):
 
 # --- The loop -------------------------------------------------------------------------------------------
 def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **extra):
-    """Train `model` for its max_steps, on from its checkpoint if there is one -> training FLOPs, those of the
-    stage before included. extra: what else belongs in the checkpoint."""
+    """Train `model` to max_steps, on from its checkpoint if there is one -> FLOPs, those of the stage before
+    included. extra: what else belongs in the checkpoint."""
     path, config = args.out_dir / f"{stage}.pt", config_of(TrainConfig, args, stage)
     checkpoint = open_checkpoint(path, stage, model, data, args.resume, wanted=stage == args.model)
     if checkpoint and checkpoint["done"] and stage != args.model:
+        world.say(f"{stage}: {path} is finished, and used as it is")
         return checkpoint["flops"]
+    if not checkpoint and args.resume and (args.out_dir / f"{args.model}.pt").exists():
+        fail(f"{path}, which {args.model}.pt was trained with, is gone: put it back")
+    if checkpoint and checkpoint["step"] > config.max_steps:
+        fail(f"{path} is at step {checkpoint['step']:,}: --{flag('max_steps', stage)} must be at least that")
     count = math.ceil(config.grad_accum / world.size)                     # micro-batches of each process
     length = args.context + {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[stage]   # with the targets
     tokens_per_step = world.size * count * config.batch_size * args.context
-    data.check("train", length), data.check("val", length)
-
     model.to(world.device).train()
-    optimizers, first = make_optimizers(model, config), 1
+    optimizers, first, seen = make_optimizers(model, config), 1, 0   # seen: tokens before this call
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     if checkpoint:
-        first = checkpoint["step"] + 1
-        scaler.load_state_dict(checkpoint["scaler"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
+        first, seen = checkpoint["step"] + 1, checkpoint["tokens"]
+        if checkpoint["scaler"]:   # empty, unless that was float16
+            scaler.load_state_dict(checkpoint["scaler"])
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):   # with the rates of this call
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
     compute = torch.compile(model) if world.compile else model
     if world.size > 1:
         compute = DistributedDataParallel(compute)
 
+    def tokens_at(step):
+        return seen + tokens_per_step * (step - first + 1)
     def flops_at(step):
-        return earlier_flops + token_flops * tokens_per_step * step
-
+        return earlier_flops + token_flops * tokens_at(step)
     def save(step):
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        settings = {name: value for name, value in vars(args).items() if name not in OWN}
         save_checkpoint(path, {
             "kind": stage, "config": asdict(model.config), "model": model.state_dict(), "step": step,
             "done": step >= config.max_steps, "optimizers": [o.state_dict() for o in optimizers],
-            "scaler": scaler.state_dict(), "random": {"seed": args.seed, "step": step},   # all that is random
-            "settings": settings, "data": {**data.meta, "name": args.data}, "flops": flops_at(step), **extra})
+            "scaler": scaler.state_dict(), "random": {"seed": args.seed, "step": step}, "settings": settings,
+            "data": data.meta, "tokens": tokens_at(step), "flops": flops_at(step), **extra})
 
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.say(f"{stage}: {size:,} parameters, {config.max_steps:,} steps of {tokens_per_step:,} tokens, "
@@ -342,7 +361,7 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
             group["lr"] = factor * group["peak_lr"]
         batches = micro_batches(data, args.seed, world, stage, step, count, config.batch_size, length)
         loss, norm = train_step(compute, batches, count, optimizers, scaler, config.grad_clip, world)
-        bar.update()
+        world.show(bar.update)
 
         last = step == config.max_steps
         evaluating = last or step % args.eval_interval == 0
@@ -353,29 +372,30 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
             continue
         loss = world.mean(loss)
         if bad or not math.isfinite(loss):
-            bar.close()
-            kept = f"{path} holds an earlier step" if path.exists() else "nothing was saved yet"
-            fail(f"the loss of {stage} is {loss}, its gradient's norm {norm}, at step {step}; {kept}: "
-                 f"lower --{flag('lr', stage)} or --{flag('muon_lr', stage)}")
+            world.show(bar.close)
+            fail(f"the loss of {stage} is {loss}, its gradient's norm {norm}, at step {step}: lower --"
+                 f"{flag('lr', stage)} or --{flag('muon_lr', stage)}; {path} holds an earlier step, if any")
         seconds, metrics = time.time() - started, {}
         if evaluating:
             metrics = validate(stage, model, args, data, world, length, brier_windows=0 if last else 32)
             started = time.time() - seconds
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             world.say(f"{stage} step {step}: loss {loss:.4g}, {shown}")
-        speed = step * tokens_per_step / seconds
-        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"})
+        world.show(bar.set_postfix, {"loss": f"{loss:.3f}", "tok/s": f"{tokens_at(step) / seconds:,.0f}"})
         if world.main:
-            write_log(log, "a", {"stage": stage, "step": step, "loss": loss, "tokens": step * tokens_per_step,
+            write_log(log, "a", {"stage": stage, "step": step, "loss": loss, "tokens": tokens_at(step),
                                  "seconds": round(seconds, 2), "lr": factor * config.lr,
                                  "flops": flops_at(step), **metrics})
             if stopping or evaluating:
                 save(step)
-        if stopping and not last:
+        if stopping:
             world.say(f"interrupted at step {step}, saved to {path}. Go on with: python train.py --resume "
                       f"--model {args.model} --data {args.data} --out_dir {args.out_dir}")
             raise SystemExit(130)
-    bar.close()
+    world.show(bar.close)
+    world.training = False   # all is saved
+    if world.mean(world.interrupted) > 0:   # during the last step's evaluation
+        raise SystemExit(130)
     return flops_at(config.max_steps)
 
 # --- The whole road: autoencoder, then CALM or AR, then BrierLM and text --------------------------------
@@ -386,10 +406,9 @@ def finish(model, args, data, world, flops):
     write_log(args.out_dir / "log.jsonl", "a", {"stage": args.model, "step": args.max_steps, "seconds": 0.0,
                                                 "flops": flops, "final": True, **result})
     continue_text(model, data, world.device, world.dtype, args.seed)
-    out = args.out_dir
-    print(f"Next:\n  python sample.py --out_dir {out} --model {args.model} --temperature 0.5")
+    print(f"Next:\n  python sample.py --out_dir {args.out_dir} --model {args.model} --temperature 0.5")
     if args.model == "calm":   # the baseline at equal cost
-        print(f"  python train.py --model ar --match_flops {out} --data {args.data} --out_dir {out}")
+        print(f"  python train.py --model ar --match_flops {args.out_dir} --out_dir {args.out_dir}")
 
 @script("lower --batch_size (in stage 1 --ae_batch_size) and raise --grad_accum as much")
 def main():
@@ -399,7 +418,10 @@ def main():
         load_data(args.data)   # prepares it, if it is a known one
     world.mean(0)              # the others wait
     data = load_data(args.data)
-    args.vocab_size = data.meta["vocab_size"]
+    args.vocab_size, args.data = data.meta["vocab_size"], data.meta["name"]
+    data.check("train", args.context + args.chunk_size), data.check("val", args.context + args.chunk_size)
+    if args.match_flops:
+        total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
     flops, extra = 0.0, {}
     torch.manual_seed(args.seed)
     if args.model != "ar":   # stage 1
@@ -408,7 +430,6 @@ def main():
         flops = train("autoencoder", autoencoder, args, data, world, token_flops)
     if args.model == "autoencoder":
         return
-
     torch.manual_seed(args.seed)
     if args.model == "calm":   # stage 2
         model = CALM(config_of(CALMConfig, args, "calm"), autoencoder)
@@ -418,7 +439,6 @@ def main():
         model = AR(config_of(ARConfig, args, "ar", block_size=args.context))
         token_flops = flops_per_token(model.config)["train"]
     if args.match_flops:
-        total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
         if flops >= total:
             fail(f"the autoencoder alone cost {flops:.2e} of {total:.2e} FLOPs: lower --ae_max_steps")
         sequences = math.ceil(args.grad_accum / world.size) * world.size * args.batch_size   # a step

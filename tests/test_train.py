@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,11 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import autoencoder as autoencoder_script
 import bench
+import calm
 import data.prepare
 import eval_brier
 import sample
 import train
-from calm import load_model
 from data.checkpoint import autocast, load_checkpoint, select_device, select_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,7 +180,7 @@ def test_a_figure_of_the_learning_curves_is_made_from_the_logs(foxes, tmp_path, 
     for line in lines:   # both points lie on the sheet, time runs to the right
         corners = [map(float, corner.split(",")) for corner in line.get("points").split()]
         (x0, y0), (x1, y1) = corners
-        assert 50 < x0 < x1 <= 600 and 0 <= min(y0, y1) <= max(y0, y1) <= 380
+        assert 50 < x0 < x1 <= 670 and 0 <= min(y0, y1) <= max(y0, y1) <= 380
 
 
 def test_muon_auxiliary_loss_accumulation_and_bfloat16_train(foxes, tmp_path, run):
@@ -601,8 +602,11 @@ def test_one_function_chooses_the_precision(device, fast, expected, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert select_dtype("auto", torch.device(device)) == expected
     assert select_dtype("float16", torch.device(device)) == torch.float16
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")   # held to it
+    assert device == "cuda" or select_dtype("auto", torch.device(device)) == torch.float32
 
 
 def test_a_card_gets_another_preset_and_text(monkeypatch):
@@ -778,7 +782,7 @@ def test_casting_matrices_once_equals_autocast(trained):
         tokens = torch.arange(32)[None] % 97
         hidden = []
         for dtype in (torch.float32, torch.bfloat16):
-            model, _ = load_model(trained / "out", kind, dtype=dtype)
+            model, _ = calm.load_model(trained / "out", kind, dtype=dtype)
             with torch.autocast("cpu", torch.bfloat16):
                 hidden.append(model.hidden(tokens))
                 torch.manual_seed(0)
@@ -787,19 +791,354 @@ def test_casting_matrices_once_equals_autocast(trained):
         assert torch.equal(hidden[0], hidden[2]) and torch.equal(hidden[1], hidden[3])
 
 
+# --- Resumed: each flag is obeyed, or a line says that it is not --------------------------------------------
+
+def all_flags():
+    """Of train.py: {name: argparse's action}."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Parser, "parse_args", lambda parser, argv: found.update(
+            {action.dest: action for action in parser._actions}) or sys.exit())
+        with pytest.raises(SystemExit):
+            train.parse_args([])
+    return found
+
+
+FLAGS = all_flags()
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag not in {"help", *train.OWN}])
+def test_a_resumed_run_obeys_a_flag_or_refuses_it(flag, trained, capsys):
+    was = checkpoint_of(trained / "out", "calm")["settings"][flag]
+    values = FLAGS[flag].choices or ([0.125] if isinstance(was, float) else [3])
+    value = next(value for value in values if value != was)
+    argv = ["--resume", "--out_dir", str(trained / "out"), f"--{flag}", str(value)]
+    if flag not in train.FIXED:
+        assert str(getattr(train.parse_args(argv), flag)) == str(value)
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            train.parse_args(argv)
+        expected = f"error: .*out has {flag} {was}, this run asks for {value}: drop"
+        assert re.search(expected, capsys.readouterr().err)
+
+
+def test_a_resumed_run_has_the_rates_that_it_is_given(copied, run):
+    """Of both optimizers, and the weight decay; at a constant rate."""
+    flags, out, _ = copied
+    rates = ["--lr", 1e-5, "--muon_lr", 3e-5, "--weight_decay", 0.5, "--decay_frac", 0]
+    assert run(train, *flags, *rates, "--max_steps", 30).code == 0
+    assert all(e["lr"] == 1e-5 for e in log_of(out) if e["stage"] == "ar" and e["step"] > 20 and "lr" in e)
+    groups = [g for o in checkpoint_of(out, "ar")["optimizers"] for g in o["param_groups"]]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-5, 0.5), (1e-5, 0.0), (3e-5, 0.5)]
+
+
+def test_a_resumed_run_counts_its_tokens_and_flops_on_with_another_batch(copied, run):
+    flags, out, _ = copied
+    before = checkpoint_of(out, "ar")["flops"]
+    tokens = max(e["tokens"] for e in log_of(out) if e["stage"] == "ar" and "tokens" in e)
+    assert run(train, *flags, "--batch_size", 8, "--max_steps", 20).code == 0
+    last = [e for e in log_of(out) if e["stage"] == "ar" and "tokens" in e][-1]
+    assert last["step"] == 20 and last["tokens"] == tokens + 5 * 8 * 64
+    assert last["flops"] == pytest.approx(before * last["tokens"] / tokens)
+    assert checkpoint_of(out, "ar")["flops"] == last["flops"]
+
+
+@pytest.mark.parametrize("first, second", [("float32", "float16"), ("float16", "float32"),
+                                           ("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_a_run_goes_on_in_another_precision(first, second, foxes, tmp_path, run):
+    flags = ["--data", foxes, "--out_dir", tmp_path / "out", "--model", "ar"]
+    assert run(train, *flags, *SHORT, "--dtype", first).code == 0
+    assert run(train, *flags, "--resume", "--max_steps", 20, "--dtype", second).code == 0
+    assert losses(tmp_path / "out", "ar")[20] < losses(tmp_path / "out", "ar")[1]
+
+
+def test_a_run_cannot_go_on_to_an_earlier_step(copied, run):
+    flags, out, _ = copied
+    before = (out / "log.jsonl").read_bytes()
+    result = run(train, *flags, "--max_steps", 5)
+    assert result.code == 2 and "ar.pt is at step 15: --max_steps must be at least that" in result.err
+    assert (out / "log.jsonl").read_bytes() == before
+
+
+def test_a_matched_run_that_is_interrupted_in_stage_1_is_still_matched(trained, tmp_path, run, monkeypatch):
+    plain, out = train.train_step, tmp_path / "out"
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args)
+    monkeypatch.setattr(train, "train_step", interrupted)
+    flags = ["--data", trained / "foxes4", "--out_dir", out]
+    assert run(train, *flags, *SHORT, "--chunk_size", 2, "--match_flops", trained / "out").code == 130
+    monkeypatch.setattr(train, "train_step", plain)
+    assert run(train, *flags, "--resume").code == 0
+    flops = [checkpoint_of(folder, "calm")["flops"] for folder in (out, trained / "out")]
+    assert flops[0] == pytest.approx(flops[1], rel=0.05)
+
+
+def test_a_matched_baseline_has_the_sizes_of_the_run_and_its_text(trained):
+    """Unless others are given. The rate of Muon is the baseline's own."""
+    run, argv = trained / "out", ["--model", "ar", "--match_flops", str(trained / "out")]
+    args, calm = train.parse_args(argv), checkpoint_of(run, "calm")
+    for name in ("n_embd", "n_layer", "n_head", "n_ff"):
+        assert getattr(args, name) == calm["config"][name]
+    assert args.context == calm["config"]["block_size"] * 4 and args.muon_lr == 0.02
+    assert args.data == str(trained / "foxes4") and args.model == "ar"
+    assert train.parse_args([*argv, "--n_embd", "128"]).n_embd == 128
+    assert train.parse_args([*argv, "--preset", "S"]).n_embd == 768
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_closing_evaluation(number, foxes, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda *_: os.kill(os.getpid(), number) or time.sleep(9))
+    began = time.time()
+    result = run(train, "--data", foxes, "--out_dir", tmp_path / "out", *SHORT, "--model", "ar")
+    assert result.code == 130 and time.time() - began < 9
+    assert checkpoint_of(tmp_path / "out", "ar")["done"]
+
+
+def test_ctrl_c_in_the_last_step_of_stage_1_does_not_start_stage_2(foxes, tmp_path, run, monkeypatch):
+    plain = train.validate
+
+    def interrupted(stage, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(stage, *args, **kwargs)
+    monkeypatch.setattr(train, "validate", interrupted)
+    out = tmp_path / "out"
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--eval_interval", 100).code == 130
+    assert checkpoint_of(out, "autoencoder")["done"] and not (out / "calm.pt").exists()
+
+
+def test_a_run_whose_reader_has_left_is_saved(foxes, tmp_path, run, monkeypatch):
+    """A closed pipe, or terminal, at the first line that is written to it in step 10."""
+    plain = train.tqdm.write
+
+    def closed(text, *args):
+        if "step 10" in text:
+            raise BrokenPipeError
+        plain(text, *args)
+    monkeypatch.setattr(train.tqdm, "write", closed)
+    out = tmp_path / "out"
+    assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "ar").code == 130
+    assert checkpoint_of(out, "ar")["step"] in (10, 11)
+
+
+# --- Where it stands: another place, other packages, other processes ----------------------------------------
+
+def test_a_run_samples_and_scores_in_another_place_without_the_tokenizers_file(tmp_path, run, monkeypatch):
+    """Everything is moved, the vocabulary's file is gone: from absolute paths, inside the checkout."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "data").mkdir(parents=True)
+    (old / "foxes.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    ranks = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+    (old / "own.model").write_bytes(ranks)
+    monkeypatch.setattr(data.prepare, "DATA_DIR", old / "data")
+    data.prepare.prepare([old / "foxes.txt"], "foxes", tokenizer=str(old / "own.model"))
+    assert run(train, *SHORT, "--data", old / "data" / "foxes", "--out_dir", old / "out").code == 0
+    for kind in ("autoencoder", "calm"):
+        assert str(tmp_path).encode() not in (old / "out" / f"{kind}.pt").read_bytes()
+    old.rename(new)
+    (new / "own.model").unlink()
+    monkeypatch.setattr(data.prepare, "DATA_DIR", new / "data")
+    flags = ["--out_dir", new / "out", "--device", "cpu"]
+    assert run(sample, *flags, "--start", "the quick", "--max_new_tokens", 8).out.startswith("the quick")
+    assert run(eval_brier, *flags, "--windows", 2).code == 0
+    assert run(autoencoder_script, *flags, "--windows", 1).code == 0
+    assert run(train, *flags, "--resume", "--max_steps", 16).code == 0
+    shutil.rmtree(new / "data")
+    assert run(sample, *flags, "--max_new_tokens", 8).code == 0
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "data/prepare.py"])
+def test_another_package_called_data_is_not_ours(script, tmp_path):
+    for module in ("data", "train", "torch_data"):
+        (tmp_path / module).mkdir()
+        (tmp_path / module / "__init__.py").write_text("raise SystemExit('not ours')")
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "-1"},
+    {"RANK": "1"}, {"RANK": ""}, {"RANK": "-1"}, {"WORLD_SIZE": "2", "RANK": "2"},
+    {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"},
+    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "many"}])
+def test_variables_of_torchrun_set_by_hand_are_one_line(variables, foxes, tmp_path, run, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = run(train, *TINY, "--data", foxes, "--out_dir", tmp_path / "out")
+    assert result.code == 2 and "torchrun sets WORLD_SIZE and RANK" in result.err
+    assert result.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# --- What is printed, to whatever it is printed -------------------------------------------------------------
+
+SHELL = {   # what stands behind the command in a shell -> its exit code; the text that it has on stderr
+    "| head -c 5": (0, ""), "| true": (0, ""), "2>&1 | true": (0, ""), "> /dev/full": (2, "No space left"),
+    ">&-": (0, "tokens/s"), "2>&-": (0, ""), "<&-": (0, "tokens/s"), ">&- 2>&- <&-": (0, ""),
+    "> /dev/null": (0, "tokens/s"), "| cat": (0, "tokens/s")}
+
+
+@pytest.fixture(scope="module")
+def redirected(trained):
+    """sample.py with each of these behind it, all at a time -> {what: exit code, stderr}."""
+    command = f"{sys.executable} sample.py --out_dir {trained}/out --device cpu --max_new_tokens 60 --start -"
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **ALONE)
+    processes = {what: subprocess.Popen(["sh", "-c", f"echo the quick | {command} {what}"], **piped)
+                 for what in SHELL}
+    return {what: (process.communicate()[1], process.returncode) for what, process in processes.items()}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("what", SHELL)
+def test_a_pipe_that_closes_and_the_like_are_no_traceback(what, redirected):
+    (error, code), (expected, said) = redirected[what], SHELL[what]
+    assert code == expected and said in error, error
+    assert "Traceback" not in error and "Exception" not in error
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-16"])
+def test_a_terminal_that_cannot_show_a_character_shows_another(encoding, trained):
+    done = subprocess.run([sys.executable, "sample.py", "--out_dir", trained / "out", "--device", "cpu",
+                           "--start", "né 中 \U0001f600", "--max_new_tokens", "8"], capture_output=True,
+                          cwd=ROOT, env={**ALONE["env"], "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and done.stdout.decode(encoding).startswith("n"), done.stderr
+
+
+def test_a_start_in_bytes_that_are_no_utf_8_is_taken(trained):
+    done = subprocess.run([sys.executable, "sample.py", "--out_dir", trained / "out", "--device", "cpu",
+                           "--start", b"\xff\xfe the", "--max_new_tokens", "8"], capture_output=True, **ALONE)
+    assert done.returncode == 0 and " the".encode() in done.stdout, done.stderr
+
+
+def test_an_autoencoder_that_is_gone_is_not_trained_anew(trained, tmp_path, run):
+    out = shutil.copytree(trained / "out", tmp_path / "out")
+    (out / "autoencoder.pt").unlink()
+    result = run(train, "--data", trained / "foxes4", "--out_dir", out, "--resume", "--max_steps", 50)
+    assert result.code == 2 and "autoencoder.pt, which calm.pt was trained with, is gone" in result.err
+
+
+def test_the_demonstration_takes_a_run_of_any_context_and_chunk_size(foxes, tmp_path, run, monkeypatch):
+    for K, block_size in ((4, 3), (80, 2)):
+        out = tmp_path / str(K)
+        assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--chunk_size", K,
+                   "--eval_interval", 100, "--block_size", block_size).code == 0
+        monkeypatch.setattr(calm, "DEFAULT_RUN", str(out))
+        result = run(calm)
+        assert result.code == 0 and f"chunks of K = {K}" in result.out and "nan" not in result.out
+        assert run(eval_brier, "--out_dir", out, "--windows", 2).code == 0
+
+
+def test_data_named_by_the_folder_that_one_is_in_is_found_again(foxes, data_dir, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(data_dir / foxes)
+    flags = ["--out_dir", tmp_path / "out", "--device", "cpu"]
+    assert run(train, *SHORT, "--data", ".", *flags, "--model", "ar").code == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(eval_brier, *flags, "--model", "ar", "--windows", 2).code == 0
+
+
+# --- Damaged logs, numbers out of range ---------------------------------------------------------------------
+
+LOG_DAMAGE = {
+    "a torn line inside": b'{"stage": "ar", "st\n', "no JSON": b"hello\n", "a number": b"5\n",
+    "a list": b"[1]\n",
+    "not UTF-8": b'{"stage": "\xff"}\n', "no step": b'{"stage": "ar", "seconds": 1}\n',
+    "a step of words": b'{"stage": "ar", "step": "ten", "seconds": 1}\n', "zeros": b"\0" * 99 + b"\n",
+    "too deep": b"[" * 100_000 + b"\n", "no stage": b'{"step": 1, "seconds": 1}\n',
+    "words for numbers": b'{"stage": "ar", "step": "6", "seconds": "1"}\n',
+    "a score of nothing": b'{"stage": "ar", "step": 6, "seconds": 1, "flops": 1, "brierlm": null}\n'}
+
+
+@pytest.mark.parametrize("damage", LOG_DAMAGE)
+def test_a_damaged_log_is_said_and_kept(damage, copied, tmp_path, run):
+    flags, out, _ = copied
+    damaged = LOG_DAMAGE[damage] + (out / "log.jsonl").read_bytes()
+    (out / "log.jsonl").write_bytes(damaged)
+    for result in (run(train, *flags, "--max_steps", 20), run(eval_brier, "--plot", tmp_path / "x.svg", out)):
+        assert result.code == 2 and "log.jsonl is not the log of a run" in result.err
+        assert "move it away" in result.err and "Traceback" not in result.err
+    assert (out / "log.jsonl").read_bytes() == damaged
+    (out / "log.jsonl").unlink()
+    assert run(train, *flags, "--max_steps", 20).code == 0
+
+
+@pytest.mark.parametrize("file", [
+    "notes.txt", "out/log.jsonl", "out/ar.pt", "figure.svg", "out", "nowhere/x.svg"])
+def test_a_figure_is_written_over_nothing(file, copied, tmp_path, run):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "figure.svg").write_text("<svg/>")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    result = run(eval_brier, "--plot", tmp_path / file, tmp_path / "out")
+    assert result.code == 2 and "could not write" in result.err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("tokens, refused", [(60, True), (67, True), (68, False)])
+def test_a_text_too_short_to_evaluate_is_refused_at_the_start(tokens, refused, tmp_path, data_dir, run):
+    """A context is 64, and the chunk that it predicts 4; the border token is one of them."""
+    (tmp_path / "t.txt").write_text("x" * (tokens - 1))
+    data.prepare.prepare([tmp_path / "t.txt"], "t", out_root=data_dir)
+    result = run(train, *SHORT, "--data", "t", "--out_dir", tmp_path / "out")
+    assert result.code == (2 if refused else 0) and (tmp_path / "out").exists() != refused
+    assert ("tokens, fewer than one context of 68" in result.err) == refused
+
+
+LARGE, HUGE = str(2 ** 31), "9" * 400
+RANGE = [   # script, flags
+    *[(train, [f"--{flag}", value]) for value in (LARGE, HUGE, "-1", "1.5", "nan", "")
+      for flag in ("n_embd", "n_layer", "n_head", "n_ff", "n_noise", "n_head_layer", "block_size",
+                   "latent_dim", "chunk_size", "num_samples", "num_targets", "max_steps", "batch_size",
+                   "grad_accum",
+                   "warmup_steps", "ae_n_embd", "ae_n_layer", "ae_max_steps", "num_evals")],
+    *[(train, [f"--{flag}", value]) for value in ("1e39", "1e400", "-1", "nan", "inf", "-inf", "")
+      for flag in ("lr", "muon_lr", "weight_decay", "grad_clip", "alpha", "aux_weight", "kl_weight",
+                   "kl_clip", "dropout", "token_mask", "decay_frac", "ae_lr")],
+    *[(train, [f"--{flag}", value]) for value in ("-1", "0.5", "")
+      for flag in ("seed", "ae_batch_size", "log_interval", "eval_interval")], (train, ["--seed", HUGE]),
+    (train, ["--ae_n_embd", "2147483647"]), (train, ["--ae_n_ff", "2147483647"]),
+    (train, ["--latent_dim", "2147483647"]),
+    (train, ["--grad_clip", "0"]), (train, ["--decay_frac", "1.5"]), (train, ["--block_size", "1"]),
+    *[(train, ["--device", device]) for device in ("cpu:1", "cpu:x", "cuda:99", "meta", "", ":0", "cuda:-1")],
+    *[(script, [f"--{flag}", value]) for script in (sample, eval_brier) for value in (HUGE, "-1", "0.5", "")
+      for flag in ("seed", "num_evals")],
+    *[(sample, [f"--{flag}", value]) for value in (HUGE, "0", "-1", "2.5")
+      for flag in ("num_candidates", "temperature")],
+    *[(sample, ["--temperature", value, *more]) for value in ("1e-320", "1e-9", "nan", "inf", "1.001", "-0")
+      for more in ([], ["--sampler", "exact"], ["--model", "ar"])],
+    *[(eval_brier, [f"--{flag}", value]) for value in (HUGE, "0", "-1", "2.5")
+      for flag in ("num_draws", "context", "candidates")],
+    *[(eval_brier, ["--frontier", "--temperatures", "1", value]) for value in ("0", "nan", "1e-320", "1e9")],
+    *[(eval_brier, [f"--{flag}", value]) for value in ("0", "-1", "2.5") for flag in ("windows", "stride")],
+    (eval_brier, ["--stride", HUGE]),
+    *[(autoencoder_script, ["--windows", value]) for value in ("0", "-1", "2.5")],
+]
+
+
+@pytest.mark.parametrize("script, flags", RANGE)
+def test_a_number_out_of_range_is_one_line(script, flags, trained, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.prepare, "DATA_DIR", trained)
+    new = [*TINY, "--data", "foxes4"] if script is train else []
+    result = run(script, *new, *flags, "--out_dir", tmp_path / "new" if script is train else trained / "out")
+    assert result.code == 2, result.out + result.err
+    assert result.err.count("\n") <= 2 and "error: " in result.err and "Traceback" not in result.err
+    assert not (tmp_path / "new").exists()
+
+
 # --- Bad input: one line, exit code 2, nothing lost ---------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A short run of both models, in place of data/ and out/, and what may become of its files."""
     folder = tmp_path_factory.mktemp("trained")
-    text, short, ranks = folder / "foxes.txt", folder / "short.txt", folder / "other.model"
+    text, short, cats, ranks = (folder / x for x in ("foxes.txt", "short.txt", "cats.txt", "other.model"))
     text.write_text("the quick brown fox jumps over the lazy dog. " * 800)
     short.write_text("too short")
+    cats.write_text("the quick brown cat jumps over the lazy dog. " * 800)
     ranks.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)))
     data.prepare.prepare([text], "foxes4", out_root=folder)
     data.prepare.prepare([text], "other", tokenizer=str(ranks), out_root=folder)
     data.prepare.prepare([short], "short", out_root=folder)
+    data.prepare.prepare([cats], "cats", out_root=folder)
     for model, steps in (("calm", 40), ("ar", 15)):   # so many that not all of CALM's samples are the same
         flags = [*SHORT, "--ae_max_steps", steps, "--max_steps", steps, "--data", folder / "foxes4",
                  "--model", model, "--out_dir", folder / "out"]
@@ -852,16 +1191,16 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "a figure of an autoencoder": (
         eval_brier, ["--plot", "curves.svg", "only_ae"], "out", "has no evaluation with BrierLM yet"),
     "a figure nowhere": (
-        eval_brier, ["--plot", "nowhere/curves.svg", "out"], "out", "could not write nowhere/curves.svg"),
+        eval_brier, ["--plot", "nowhere/curves.svg", "out"], "out", "directory: 'nowhere/curves.svg'"),
     "no steps": (train, ["--max_steps", "0"], "new", "--max_steps must be at least 1"),
     "no interval": (train, ["--eval_interval", "0"], "new", "argument --eval_interval: 0 is not in [1, inf]"),
     "unknown flag": (train, ["--learning_rate", "1"], "new", "--learning_rate"),
     "unknown preset": (train, ["--preset", "XXL"], "new", "--preset"),
     "unknown device": (train, ["--device", "abacus"], "new", "no device 'abacus'"),
     "unknown model": (train, ["--model", "transformer"], "new", "--model"),
-    "nothing to resume": (train, ["--resume", "--data", "foxes4"], "new", "nothing to resume"),
+    "nothing to resume": (train, ["--resume", "--data", "foxes4"], "new", "no checkpoint at new/calm.pt"),
     "nothing to resume, ar": (
-        train, ["--resume", "--model", "ar", "--data", "foxes4"], "only_ae", "nothing to resume"),
+        train, ["--resume", "--model", "ar", "--data", "foxes4"], "only_ae", "no checkpoint at only_ae/ar"),
     "resume, other size": (
         train, ["--resume", "--data", "foxes4", "--n_embd", "128"], "out",
         "n_embd 64, this run asks for 128"),
@@ -869,7 +1208,7 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
         train, ["--data", "foxes4", *SHORT, "--chunk_size", "8"], "only_ae",
         "chunk_size 4, this run asks for 8"),
     "other data": (
-        train, ["--data", "short", *SHORT, "--block_size", "1"], "only_ae", "trained on other data"),
+        train, ["--data", "cats", *SHORT], "only_ae", "trained on other data"),
     "other vocabulary": (train, ["--data", "other", *SHORT], "only_ae", "trained on other data"),
     "another version": (sample, [], "old", "old/calm.pt is of an earlier version"),
     "another version, the baseline": (
@@ -896,8 +1235,8 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "no checkpoint": (sample, [], "new", "no checkpoint at"),
     "truncated checkpoint": (sample, [], "cut", "not a whole checkpoint"),
     "wrong kind": (sample, ["--model", "calm"], "swapped", "holds a model of kind 'ar'"),
-    "temperature 0": (sample, ["--temperature", "0"], "out", "--temperature must be in (0, 1]"),
-    "temperature 2": (sample, ["--temperature", "2"], "out", "--temperature must be in (0, 1]"),
+    "temperature 0": (sample, ["--temperature", "0"], "out", "--temperature: 0 is not in [1e-06, 1]"),
+    "temperature 2": (sample, ["--temperature", "2"], "out", "--temperature: 2 is not in [1e-06, 1]"),
     "few candidates": (
         sample, ["--temperature", "0.1", "--num_candidates", "5"], "out", "--num_candidates 5 is below 1/T"),
     "no calls": (sample, ["--max_calls", "0"], "out", "argument --max_calls: 0 is not in [1, inf]"),
@@ -914,11 +1253,14 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
         train, ["--head", "flow", "--num_evals", "5"], "new",
         "--num_evals must be in range(2, 1001, 2), not 5"),
     "unknown input": (train, ["--input_mode", "pixels"], "new", "--input_mode"),
+    "temperatures of no frontier": (
+        eval_brier, ["--temperatures", "0.5"], "out", "are for --frontier: add it"),
+    "the tokenizer of a run": (sample, ["--tokenizer", "x.model"], "out", "--tokenizer is for --official"),
     "no tokens": (
         sample, ["--max_new_tokens", "0"], "out", "argument --max_new_tokens: 0 is not in [1, inf]"),
     "brier of nothing": (eval_brier, [], "new", "no checkpoint at"),
     "one brier sample": (
-        eval_brier, ["--num_draws", "1"], "out", "argument --num_draws: 1 is not in [2, inf]"),
+        eval_brier, ["--num_draws", "1"], "out", "argument --num_draws: 1 is not in [2, 1000]"),
     "brier, other vocabulary": (
         eval_brier, ["--data", "other"], "out", "was trained with the tokenizer bytes, and"),
     "brier, odd stride": (eval_brier, ["--stride", "6"], "out", "multiples of the chunk size 4"),
@@ -926,7 +1268,7 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
     "brier, odd context": (eval_brier, ["--context", "18"], "out", "multiples of the chunk size 4"),
     "brier, long context": (eval_brier, ["--context", "128"], "out", "at most the model's, 64"),
     "frontier, temperature 2": (
-        eval_brier, ["--frontier", "--temperatures", "2"], "out", "--temperatures must be in (0, 1]"),
+        eval_brier, ["--frontier", "--temperatures", "2"], "out", "--temperatures: 2 is not in [1e-06, 1]"),
     "official without data": (
         eval_brier, ["--official", "nowhere"], "out", "--official needs --data"),
     "brier, short text": (eval_brier, ["--data", "short"], "out", "fewer than one context"),
