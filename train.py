@@ -420,8 +420,7 @@ def main():
     data = load_data(args.data)
     args.vocab_size, args.data = data.meta["vocab_size"], data.meta["name"]
     data.check("train", args.context + args.chunk_size), data.check("val", args.context + args.chunk_size)
-    if args.match_flops:
-        total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
+    total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"] if args.match_flops else None
     flops, extra = 0.0, {}
     torch.manual_seed(args.seed)
     if args.model != "ar":   # stage 1
@@ -447,6 +446,7 @@ def main():
     flops = train(args.model, model, args, data, world, token_flops, flops, **extra)
     if world.main:
         finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops)
+    world.mean(0)   # the others wait: gloo may abort a process that leaves before
 
 if __name__ == "__main__":
     main()

@@ -58,7 +58,7 @@ def cast_matrices(model, dtype):
 # --- A run's checkpoints and its log --------------------------------------------------------------------
 def save_checkpoint(path, checkpoint):
     """Write to a temporary file, then rename: `path` is whole at every moment, also when the disk is full."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")   # another run may save here, too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -133,8 +133,8 @@ def rewind_log(path, stage, step):
     """Drop what the log says of `stage` after `step`, which will be written anew -> its seconds so far."""
     entries = read_log(path) if path.exists() else []
     entries = [entry for entry in entries if entry["stage"] != stage or entry["step"] <= step]
-    write_log(path.with_suffix(".tmp"), "w", *entries)
-    path.with_suffix(".tmp").replace(path)
+    write_log(temporary := path.with_name(f".{path.name}.{os.getpid()}.tmp"), "w", *entries)
+    temporary.replace(path)
     return max((entry["seconds"] for entry in entries if entry["stage"] == stage), default=0.0)
 
 def load_tokenizer(checkpoint, data=None):

@@ -367,7 +367,7 @@ def test_a_run_killed_twenty_times_ends_with_the_same_weights(foxes, data_dir, t
     while True:
         resume = ["--resume"] if list(out.glob("*.pt")) else []
         process = subprocess.Popen([*map(str, command), "--out_dir", out, *resume], **quiet)
-        before = log.read_bytes() if log.exists() else b""
+        before, torn = log.read_bytes() if log.exists() else b"", set(out.glob(".*.pt.*.tmp"))
         while kills < 20 and process.poll() is None:   # until it trains
             if log.exists() and log.read_bytes() != before:
                 break
@@ -376,9 +376,9 @@ def test_a_run_killed_twenty_times_ends_with_the_same_weights(foxes, data_dir, t
             assert process.wait() == 0, process.stderr.read()
             break
         time.sleep(moments.uniform(0, 0.5))
-        while kills % 2 and process.poll() is None and not list(out.glob("*.tmp")):
+        while kills % 2 and process.poll() is None and not set(out.glob(".*.pt.*.tmp")) - torn:
             pass
-        writing += bool(list(out.glob("*.tmp")))
+        writing += bool(set(out.glob(".*.pt.*.tmp")) - torn)
         assert process.poll() is None, f"ended before the 20 kills: {process.stderr.read()}"
         process.kill()
         process.wait()
@@ -387,6 +387,24 @@ def test_a_run_killed_twenty_times_ends_with_the_same_weights(foxes, data_dir, t
     for stage in ("autoencoder", "calm"):
         assert_same_weights(tmp_path / "whole", out, stage)
         assert losses(out, stage) == losses(tmp_path / "whole", stage)
+
+
+def test_two_runs_side_by_side_in_one_folder_leave_whole_files(foxes, data_dir, tmp_path):
+    """Of one command: the same run, twice; and what else is in the folder stays."""
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = {"log.tmp": "mine", "calm.pt.tmp": "mine", "autoencoder.pt.tmp": "mine"}
+    for name, text in mine.items():
+        (out / name).write_text(text)
+    command = [sys.executable, ROOT / "train.py", "--data", data_dir / foxes, *SHORT, "--eval_interval", "1",
+               "--out_dir", out, "--model", "autoencoder"]
+    piped = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **ALONE)
+    runs = [subprocess.Popen(command, **piped) for _ in "ab"]
+    for process in runs:
+        error = process.communicate()[1]
+        assert process.returncode == 0 or b"unfinished" in error or b"already trained" in error, error
+    assert checkpoint_of(out, "autoencoder")["step"] == 15
+    assert {name: (out / name).read_text() for name in mine} == mine
 
 
 def test_a_finished_autoencoder_is_used_as_it_is(foxes, tmp_path, run):
