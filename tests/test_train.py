@@ -732,14 +732,20 @@ def test_a_full_card_is_one_line(foxes, trained, tmp_path, run, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_a_cpu_keeps_the_memory_that_a_step_frees():
-    import resource
-    select_device("cpu")
-    faults = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2 ** 24)                                               # 64 MiB: 16,384 pages
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert faults[-1] < 1000
+    # In a process of its own: what other tests left on the heap decides where a block goes.
+    code = """
+import resource, statistics, torch
+from data.checkpoint import select_device
+select_device("cpu")
+faults = []
+for _ in range(21):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2 ** 24)                                                   # 64 MiB: 16,384 pages
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(statistics.median(faults))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 1000
 
 
 def test_the_others_wait_longer_than_any_data_takes_to_prepare(monkeypatch):
