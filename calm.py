@@ -476,9 +476,7 @@ class CALM(nn.Module):
             aux = F.cross_entropy(logits, targets[::c.aux_every].flatten())
             loss, metrics["aux"] = loss + c.aux_weight * aux, aux.detach()
         return loss, {"loss": loss.detach(), **metrics}
-
-    def forward(self, tokens):   # what torch.compile and DistributedDataParallel call
-        return self.loss(tokens)
+    forward = loss   # what torch.compile and DistributedDataParallel call
 
     def sample_chunks(self, h, n):
         """n next chunks given h (..., D) -> tokens (n, ..., K). In slices, which keep memory bounded."""
@@ -520,9 +518,7 @@ class AR(nn.Module):
         logits = self.lm_head(self.hidden(tokens[:, :-1])).float()        # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return loss, {"loss": loss.detach()}
-
-    def forward(self, tokens):   # what torch.compile and DistributedDataParallel call
-        return self.loss(tokens)
+    forward = loss   # what torch.compile and DistributedDataParallel call
 
     def probabilities(self, h, temperature=1.0):
         """Of the next token given h (..., D) -> (..., V), by softmax temperature."""
@@ -597,7 +593,7 @@ def load_official(folder, device="cpu", dtype=torch.float32, **changes):
 # --- Run it: one line of text through the forward half of a training step -------------------------------
 TEXT = b"def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"
 NANO = dict(n_embd=128, n_ff=344, n_layer=4, n_head=2, n_head_layer=1, block_size=128, latent_dim=32,
-            num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5)   # train.py's preset: a test compares
+            num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5)   # of train.py's preset
 
 @script()
 @torch.no_grad()
@@ -608,7 +604,7 @@ def main():
         tokenizer = load_tokenizer(checkpoint)
     else:
         print("random weights, whose samples are all zero: `python train.py` trains some\n")
-        autoencoder = Autoencoder(AutoencoderConfig(latent_dim=NANO["latent_dim"], n_embd=192, n_ff=96))
+        autoencoder = Autoencoder(AutoencoderConfig(latent_dim=NANO["latent_dim"], n_embd=128, n_ff=64))
         model, tokenizer = CALM(CALMConfig(**NANO), autoencoder).eval(), get_tokenizer("bytes")
     c, K = model.config, model.chunk_size
     text = encode(tokenizer, TEXT * K)[:(min(c.block_size, 18) + 1) * K]  # 19 chunks, if the context holds 18

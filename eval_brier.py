@@ -152,35 +152,38 @@ def frontier(args, measure):
         print(f"{T:11.2f}  {N:10}  " + "  ".join(f"{value:9.4f}" for value in point.values()))
         if args.json:
             print(json.dumps({"temperature": T, "num_candidates": N, **point, "stderr": result["stderr"]}))
-def curves(folder):
-    """A run's log.jsonl -> {stage: [(training FLOPs, BrierLM), ...]}, with those of CALM's autoencoder."""
-    path, found = Path(folder) / "log.jsonl", {}
-    for entry in read_log(path):
-        if "brierlm" in entry:
-            found.setdefault(entry["stage"], []).append((entry["flops"], entry["brierlm"]))
+def curves(folder, x="flops"):
+    """The evaluations in a run's log -> {stage: [(x, BrierLM, the run's name), ...]}; in a folder of runs,
+    the last of each. x: "flops" in training, or "inference_flops" a token, known of the last alone."""
+    runs, found = sorted(Path(folder).glob("*/log.jsonl")), {}
+    for path in runs or [Path(folder) / "log.jsonl"]:
+        for entry in read_log(path):
+            if ("final" if runs else "brierlm") in entry and entry.get(x, 0) > 0:
+                found.setdefault(entry["stage"], []).append((entry[x], entry["brierlm"], path.parent.name))
     if not found:
-        fail(f"{path} has no evaluation with BrierLM yet: train longer, or with a smaller --eval_interval")
-    return found
-def plot(path, folders, width=720, height=420):
-    """Write the curves of some runs to a new SVG: a line for each, and their names, the best one first."""
+        fail(f"{folder} has no evaluation with BrierLM yet: train longer, or with a smaller --eval_interval")
+    return {stage: sorted(points) for stage, points in found.items()}
+def plot(path, folders, x):
+    """Write BrierLM over x to a new SVG: a line for each run or folder of runs, and its name, best first."""
     lines = [(points, Path(run).name + " (AR)" * (stage == "ar"))
-             for run in folders for stage, points in curves(run).items()]
-    lines.sort(key=lambda line: -line[0][-1][1])
-    top_x, top_y = (max(point[i] for points, _ in lines for point in points) for i in (0, 1))
-    def place(flops, score):   # around the curves: 50 units on the left and right, 20 above, 40 below
-        return 50 + flops / top_x * (width - 100), height - 40 - score / max(top_y, 1) * (height - 60)
+             for run in folders for stage, points in curves(run, x).items()]
+    xs, scores, _ = zip(*(point for points, _ in lines for point in points))
+    low, top, doublings = min(xs), max(*scores, 1), max(math.log2(max(xs) / min(xs)), 1)
+    def place(value, score):   # on a sheet of 720 x 420
+        return 50 + 620 * math.log2(value / low) / doublings, 380 - 360 * score / top
     def text(x, y, content, color="black"):
         return f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}">{escape(str(content))}</text>'
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-           f'font-size="13"><rect width="{width}" height="{height}" fill="white"/>',
-           text(10, 14, "BrierLM"), text(width / 2, height - 4, "training FLOPs")]
-    svg += [text(20, place(0, score)[1], score) for score in range(0, int(top_y) + 1, 5)]
-    svg += [text(place(x, 0)[0] - 20, height - 20, f"{x:.1e}") for x in (0, top_x / 2, top_x)]
-    for i, (points, name) in enumerate(lines):
-        color = f"hsl({360 * i // len(lines)}, 70%, 40%)"
-        corners = " ".join("%.1f,%.1f" % place(*point) for point in points)
-        svg += [f'<polyline points="{corners}" fill="none" stroke="{color}" stroke-width="2"/>',
-                text(70, 30 + 16 * i, name, color)]
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 420" font-family="sans-serif" '
+           'font-size="13"><rect width="720" height="420" fill="white"/>', text(10, 14, "BrierLM"),
+           text(310, 416, "training FLOPs" if x == "flops" else "inference FLOPs a token")]
+    svg += [text(20, place(low, score)[1], score) for score in range(0, int(top) + 1, 5)]
+    svg += [text(place(x, 0)[0] - 20, 400, f"{x:.1e}") for x in low * 2 ** np.arange(doublings + 0.01)]
+    for i, (points, name) in enumerate(sorted(lines, key=lambda line: -line[0][-1][1])):
+        color, corners = f"hsl({360 * i // len(lines)}, 70%, 40%)", [place(*point[:2]) for point in points]
+        svg += [f'<polyline points="{" ".join("%.1f,%.1f" % corner for corner in corners)}" fill="none" '
+                f'stroke="{color}" stroke-width="2"/>', text(70, 30 + 16 * i, name, color)]
+        svg += [text(cx - 5, cy + 5, "\u25cf " + run * (x != "flops"), color)
+                for (cx, cy), (*_, run) in zip(corners, points)]
     with open(path, "x", encoding="utf-8", errors="replace") as file:   # never over another file
         file.write("\n".join([*svg, "</svg>"]) + "\n")
     print(f"{len(lines)} curves in {path}")
@@ -198,11 +201,12 @@ def main():
     add("--frontier", action="store_true", help="accuracy and collision rate of each sampler setting below")
     add("--temperatures", type=within(1e-6, 1, float), nargs="+", help="of --frontier; None: 1 to 0.33")
     add("--candidates", type=within(1, 1 << 20), nargs="+", help="of --frontier: N of batch; None: 200")
-    add("--plot", nargs="+", metavar=("SVG", "RUN"), help="evaluate nothing, draw the curves in log.jsonl")
+    add("--plot", nargs="+", metavar=("SVG", "RUN"), help="draw the logs of runs, or of folders of runs")
+    add("--x", default="flops", choices=("flops", "inference_flops"), help="of --plot: a run's, a token's")
     add("--json", action="store_true", help="end with one JSON object on a line; --frontier: one a row")
     args = parser.parse_args()
     if args.plot:
-        return plot(args.plot[0], args.plot[1:] or [args.out_dir])
+        return plot(args.plot[0], args.plot[1:] or [args.out_dir], args.x)
     if (args.temperatures or args.candidates) and not args.frontier:
         fail("--temperatures and --candidates are for --frontier: add it")
     if args.official and not args.data:

@@ -4,8 +4,8 @@ The one training loop: stage 1 the autoencoder, stage 2 CALM (or the token-by-to
     python train.py                                    # data, autoencoder, CALM, BrierLM, samples: all of it
     torchrun --nproc_per_node 8 train.py --preset M    # several GPUs, one process each
 
-A run lives in --out_dir: autoencoder.pt, calm.pt or ar.pt, and log.jsonl. A micro-batch seeds its own noise
-from (seed, stage, step, its number): the same when resumed, on as many processes as divide --grad_accum.
+A micro-batch seeds its own noise from (seed, stage, step, its number): it is the same when a run is resumed,
+and on any number of processes that divides --grad_accum.
 """
 import atexit
 import inspect
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import eval_brier
 from autoencoder import Autoencoder, AutoencoderConfig, check, check_numbers
-from calm import AR, CALM, HEADS, ARConfig, CALMConfig, flops_per_token
+from calm import AR, CALM, HEADS, NANO, ARConfig, CALMConfig, flops_per_token
 from data.checkpoint import (autocast, cast_matrices, load_checkpoint, open_checkpoint, rewind_log,
                              save_checkpoint, saved_settings, select_device, select_dtype, write_log)
 from data.prepare import Parser, fail, load_data, script, within
@@ -57,15 +57,14 @@ class TrainConfig:
 # Any flag given wins. latent_dim and block_size are for chunks of 4: they follow another --chunk_size.
 PAPER = dict(latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
              ae_batch_size=2)
-SMALL = dict(latent_dim=32, block_size=128, alpha=0.5, num_samples=4, num_targets=32, aux_weight=0.5,
-             optimizer="muon", lr=3e-3, warmup_steps=50, decay_frac=0.8, grad_accum=1,
-             ae_lr=6e-3, ae_warmup_steps=50, ae_decay_frac=0.8, ae_grad_accum=1)
+SMALL = dict(NANO, optimizer="muon", lr=1e-2, warmup_steps=50, decay_frac=0.8, grad_accum=1,   # see calm.py
+             ae_n_embd=128, ae_n_ff=64, ae_optimizer="muon", ae_lr=6e-3, ae_warmup_steps=50,
+             ae_decay_frac=0.8, ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, n_layer=4, n_embd=128, n_head=2, n_ff=344, n_head_layer=1, batch_size=4,
-                 max_steps=3140, ae_n_embd=192, ae_n_ff=96, ae_batch_size=8, ae_max_steps=350),
+    "nano": dict(SMALL, batch_size=4, max_steps=5000, ae_batch_size=8, ae_max_steps=350),
     "mini": dict(SMALL, data="site-packages", n_layer=12, n_embd=1024, n_head=16, n_ff=2752, n_head_layer=3,
-                 block_size=256, batch_size=8, grad_accum=8, max_steps=4700, ae_n_embd=256, ae_n_ff=128,
-                 ae_batch_size=16, ae_max_steps=2000),
+                 block_size=256, batch_size=8, grad_accum=8, lr=3e-3, max_steps=4700, ae_batch_size=16,
+                 ae_max_steps=2000),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
     "M": dict(PAPER, n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
     "L": dict(PAPER, n_layer=16, n_embd=1536, n_ff=4096, n_head_layer=4),
@@ -105,7 +104,8 @@ def parse_args(argv):
     run("--data", default="stdlib", help="data set under data/; a known one is prepared; mini: site-packages")
     run("--out_dir", help="the run's folder; None: out/<data name>")
     run("--resume", action="store_true", help="go on from the checkpoint in out_dir, with its settings")
-    run("--match_flops", metavar="RUN", help="as many steps as cost what RUN's calm.pt and autoencoder did")
+    run("--flops", type=within(1, 1e30, float), help="as many steps as cost this, the autoencoder included")
+    run("--match_flops", metavar="RUN", help="--flops of what RUN's calm.pt and its autoencoder cost")
     run("--seed", type=within(0, (1 << 20) - 1), default=0, help="of weights, batches and noise")
     run("--device", default="auto", help="auto, cuda, mps or cpu")
     run("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
@@ -125,10 +125,8 @@ def parse_args(argv):
     defaults, K = PRESETS[auto if early.preset == "auto" else early.preset], max(early.chunk_size, 1)
     parser.set_defaults(**defaults | {"latent_dim": defaults["latent_dim"] * K // 4,
                                       "block_size": defaults["block_size"] * 4 // K})
-    if early.model == "ar":
-        if early.match_flops and early.preset == "auto":   # CALM's settings are the baseline's, too
-            parser.set_defaults(**saved_settings(Path(early.match_flops), ["calm"], OWN))
-        parser.set_defaults(muon_lr=0.02)   # what the baseline liked best, CALM 0.01
+    if early.model == "ar" and early.match_flops and early.preset == "auto":   # with CALM's settings, too
+        parser.set_defaults(**saved_settings(Path(early.match_flops), ["calm"], OWN))
     args = parser.parse_args(argv)
     out_dir = Path(args.out_dir or Path("out") / Path(args.data).absolute().name)
     if args.resume:
@@ -141,8 +139,8 @@ def parse_args(argv):
                 fail(f"{out_dir} has {name} {saved[name]}, this run asks for {asked}: drop the flag")
     args.out_dir = out_dir
     args.context = args.block_size * args.chunk_size   # in tokens
-    if early.match_flops and args.model == "autoencoder":
-        fail("--match_flops sets the length of a CALM or an AR run: drop it, or --model autoencoder")
+    if (early.flops or early.match_flops) and args.model == "autoencoder":
+        fail("--flops, --match_flops set the length of a CALM or AR run: drop it, or --model autoencoder")
     for config, stage in ((TrainConfig, "autoencoder"), (AutoencoderConfig, "autoencoder"),
                           (TrainConfig, "calm"), (CALMConfig, "calm"), (ARConfig, "ar")):
         try:
@@ -399,12 +397,12 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **ext
     return flops_at(config.max_steps)
 
 # --- The whole road: autoencoder, then CALM or AR, then BrierLM and text --------------------------------
-def finish(model, args, data, world, flops):
+def finish(model, args, data, world, flops, inference_flops):
     """BrierLM, a held-out text continued, and what to run next."""
     result = eval_brier.evaluate(model, data, world.device, world.dtype, stride=args.stride, progress=True)
     print("\n" + eval_brier.describe(result))
     write_log(args.out_dir / "log.jsonl", "a", {"stage": args.model, "step": args.max_steps, "seconds": 0.0,
-                                                "flops": flops, "final": True, **result})
+              "flops": flops, "inference_flops": inference_flops, "final": True, **result})
     continue_text(model, data, world.device, world.dtype, args.seed)
     print(f"Next:\n  python sample.py --out_dir {args.out_dir} --model {args.model} --temperature 0.5")
     if args.model == "calm":   # the baseline at equal cost
@@ -420,32 +418,33 @@ def main():
     data = load_data(args.data)
     args.vocab_size, args.data = data.meta["vocab_size"], data.meta["name"]
     data.check("train", args.context + args.chunk_size), data.check("val", args.context + args.chunk_size)
-    total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"] if args.match_flops else None
-    flops, extra = 0.0, {}
+    flops, total, extra = 0.0, args.flops, {}
+    if args.match_flops:
+        total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
     torch.manual_seed(args.seed)
     if args.model != "ar":   # stage 1
         autoencoder = Autoencoder(config_of(AutoencoderConfig, args, "autoencoder"))
-        token_flops = flops_per_token(autoencoder.config)["train"]
-        flops = train("autoencoder", autoencoder, args, data, world, token_flops)
+        cost = flops_per_token(autoencoder.config)   # of a token
+        flops = train("autoencoder", autoencoder, args, data, world, cost["train"])
     if args.model == "autoencoder":
         return
     torch.manual_seed(args.seed)
     if args.model == "calm":   # stage 2
         model = CALM(config_of(CALMConfig, args, "calm"), autoencoder)
-        token_flops = flops_per_token(model.config, autoencoder.config)["train"]
+        cost = flops_per_token(model.config, autoencoder.config)
         extra = {"autoencoder_config": asdict(autoencoder.config)}
     else:
         model = AR(config_of(ARConfig, args, "ar", block_size=args.context))
-        token_flops = flops_per_token(model.config)["train"]
-    if args.match_flops:
+        cost = flops_per_token(model.config)
+    if total:
         if flops >= total:
             fail(f"the autoencoder alone cost {flops:.2e} of {total:.2e} FLOPs: lower --ae_max_steps")
         sequences = math.ceil(args.grad_accum / world.size) * world.size * args.batch_size   # a step
-        steps = round((total - flops) / token_flops / sequences / args.context) or 1
+        steps = round((total - flops) / cost["train"] / sequences / args.context) or 1
         args.max_steps = round(world.mean(steps))   # the same on all processes
-    flops = train(args.model, model, args, data, world, token_flops, flops, **extra)
+    flops = train(args.model, model, args, data, world, cost["train"], flops, **extra)
     if world.main:
-        finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops)
+        finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops, cost["inference"])
     world.mean(0)   # the others wait: gloo may abort a process that leaves before
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def saved_settings(out_dir, kinds, leave_out):
     """The flags of a run, but leave_out: from the first of its checkpoints, by `kinds`, that is there."""
     kind = next((kind for kind in kinds if (out_dir / f"{kind}.pt").is_file()), kinds[0])
     settings = load_checkpoint(out_dir / f"{kind}.pt", kind)["settings"]
-    leave_out = leave_out | {"match_flops"} if kind != "autoencoder" else leave_out   # max_steps has it
+    leave_out = leave_out | {"flops", "match_flops"} if kind != "autoencoder" else leave_out   # in max_steps
     return {name: value for name, value in settings.items() if name not in leave_out}
 
 def write_log(path, mode, *entries):
@@ -125,7 +125,8 @@ def read_log(path):
         lines = path.read_text().splitlines()
         entries = [json.loads(line) for line in lines[:-1] + [x for x in lines[-1:] if x.endswith("}")]]
         for entry in entries:
-            entry["stage"], entry["step"] - entry["seconds"], entry.get("flops", 0) - entry.get("brierlm", 0)
+            entry["stage"], entry["step"] - entry["seconds"]
+            sum(entry.get(name, 0) for name in ("flops", "inference_flops", "brierlm"))
         return entries
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f"{path} is not the log of a run, or damaged: move it away ({type(error).__name__}: {error})")

@@ -596,7 +596,7 @@ def test_flops_of_a_head_are_those_of_its_matrices(head):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_flops_are_the_sums_of_their_parts(head):
-    config, ae = CALMConfig(**calm.NANO, head=head), AutoencoderConfig(latent_dim=32, n_embd=192, n_ff=96)
+    config, ae = CALMConfig(**calm.NANO, head=head), AutoencoderConfig(latent_dim=32, n_embd=128, n_ff=64)
     flops, evals = flops_per_token(config, ae), config.num_evals
     forward = flops["inputs"] + flops["transformer"]
     training = 3 * (forward + flops["samples"] + flops["aux"]) + flops["encode"]
@@ -607,12 +607,6 @@ def test_flops_are_the_sums_of_their_parts(head):
 
 
 # --- The demonstration, python calm.py --------------------------------------------------------------------
-
-def test_the_demonstration_has_the_sizes_of_the_preset():
-    of_calm = {f.name for f in fields(CALMConfig)}
-    preset = {name: value for name, value in train.PRESETS["nano"].items() if name in of_calm}
-    assert calm.NANO == preset
-
 
 def test_the_demonstration_shows_each_step_and_its_share_of_the_flops(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)   # where no model has been trained
