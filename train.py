@@ -57,7 +57,7 @@ class TrainConfig:
 # Any flag given wins. latent_dim and block_size are for chunks of 4: they follow another --chunk_size.
 PAPER = dict(latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
              ae_batch_size=2)
-SMALL = dict(NANO, optimizer="muon", lr=1e-2, warmup_steps=50, decay_frac=0.8, grad_accum=1,   # see calm.py
+SMALL = dict(NANO, optimizer="muon", lr=2e-2, warmup_steps=50, decay_frac=0.8, grad_accum=1,   # see calm.py
              ae_n_embd=128, ae_n_ff=64, ae_optimizer="muon", ae_lr=6e-3, ae_warmup_steps=50,
              ae_decay_frac=0.8, ae_grad_accum=1)
 PRESETS = {
