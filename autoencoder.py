@@ -145,7 +145,8 @@ class Autoencoder(nn.Module):
         loss = reconstruction + c.kl_weight * kl
         accuracy = (logits.argmax(-1) == chunks).float().mean()
         return loss, {"loss": loss.detach(), "kl": kl.detach(), "accuracy": accuracy}
-    forward = loss   # what torch.compile and DistributedDataParallel call
+    def forward(self, tokens):   # what torch.compile and DistributedDataParallel call
+        return self.loss(tokens)
 
 def posterior_samples(mean, log_std, n):
     """n draws from N(mean, std^2): mean, log_std (..., L) -> (n, ..., L)."""

@@ -476,7 +476,8 @@ class CALM(nn.Module):
             aux = F.cross_entropy(logits, targets[::c.aux_every].flatten())
             loss, metrics["aux"] = loss + c.aux_weight * aux, aux.detach()
         return loss, {"loss": loss.detach(), **metrics}
-    forward = loss   # what torch.compile and DistributedDataParallel call
+    def forward(self, tokens):   # what torch.compile and DistributedDataParallel call
+        return self.loss(tokens)
 
     def sample_chunks(self, h, n):
         """n next chunks given h (..., D) -> tokens (n, ..., K). In slices, which keep memory bounded."""
@@ -518,7 +519,8 @@ class AR(nn.Module):
         logits = self.lm_head(self.hidden(tokens[:, :-1])).float()        # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return loss, {"loss": loss.detach()}
-    forward = loss   # what torch.compile and DistributedDataParallel call
+    def forward(self, tokens):   # what torch.compile and DistributedDataParallel call
+        return self.loss(tokens)
 
     def probabilities(self, h, temperature=1.0):
         """Of the next token given h (..., D) -> (..., V), by softmax temperature."""

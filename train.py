@@ -59,12 +59,11 @@ PAPER = dict(latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, a
              ae_batch_size=2)
 SMALL = dict(NANO, optimizer="muon", lr=2e-2, warmup_steps=50, decay_frac=0.8, grad_accum=1,   # see calm.py
              ae_n_embd=128, ae_n_ff=64, ae_optimizer="muon", ae_lr=6e-3, ae_warmup_steps=50,
-             ae_decay_frac=0.8, ae_grad_accum=1)
+             ae_decay_frac=0.8, ae_batch_size=8, ae_grad_accum=1)
 PRESETS = {
-    "nano": dict(SMALL, batch_size=4, max_steps=5000, ae_batch_size=8, ae_max_steps=350),
+    "nano": dict(SMALL, batch_size=4, max_steps=5000, ae_max_steps=350),
     "mini": dict(SMALL, data="site-packages", n_layer=12, n_embd=1024, n_head=16, n_ff=2752, n_head_layer=3,
-                 block_size=256, batch_size=8, grad_accum=8, lr=3e-3, max_steps=4700, ae_batch_size=16,
-                 ae_max_steps=2000),
+                 block_size=256, batch_size=8, grad_accum=8, lr=3e-3, max_steps=4700, ae_max_steps=2000),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
     "M": dict(PAPER, n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
     "L": dict(PAPER, n_layer=16, n_embd=1536, n_ff=4096, n_head_layer=4),
