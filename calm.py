@@ -595,7 +595,7 @@ def load_official(folder, device="cpu", dtype=torch.float32, **changes):
 # --- Run it: one line of text through the forward half of a training step -------------------------------
 TEXT = b"def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"
 NANO = dict(n_embd=128, n_ff=344, n_layer=4, n_head=2, n_head_layer=1, block_size=128, latent_dim=32,
-            num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5)   # of train.py's preset
+            num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5)   # CALM's part of train.py's preset
 
 @script()
 @torch.no_grad()
