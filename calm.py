@@ -30,6 +30,8 @@ from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check,
 from data.checkpoint import DEFAULT_RUN, cast_matrices, load_checkpoint, load_tokenizer, read_official
 from data.prepare import encode, fail, get_tokenizer, script
 
+warnings.filterwarnings("ignore", "TensorFloat32")   # torch.compile's advice: too coarse for `distances`
+
 @dataclass
 class CALMConfig:
     vocab_size: int = 257          # V: bytes and end-of-text
@@ -190,9 +192,8 @@ class EnergyHead(nn.Module):
         self.hidden_embd = nn.Linear(D, D)
         self.norm_hidden = nn.LayerNorm(D, eps=1e-6)
         self.mlp_blocks = nn.ModuleList([EnergyBlock(D) for _ in range(config.n_head_layer)])
-        self.final_layer = nn.Sequential(OrderedDict(
-            in_ln=nn.LayerNorm(D, eps=1e-6),
-            linears=nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, config.latent_dim))))
+        self.final_layer = nn.Sequential(OrderedDict(in_ln=nn.LayerNorm(D, eps=1e-6), linears=nn.Sequential(
+            nn.Linear(D, D), nn.SiLU(), nn.Linear(D, config.latent_dim))))
         self.apply(init_weights)
         nn.init.zeros_(self.final_layer.linears[2].weight)   # samples begin at 0, and part as this moves
 

@@ -4,8 +4,7 @@ The one training loop: stage 1 the autoencoder, stage 2 CALM (or the token-by-to
     python train.py                                    # data, autoencoder, CALM, BrierLM, samples: all of it
     torchrun --nproc_per_node 8 train.py --preset M    # several GPUs, one process each
 
-A micro-batch seeds its own noise from (seed, stage, step, its number): it is the same when a run is resumed,
-and on any number of processes that divides --grad_accum.
+The noise of a micro-batch has a seed of its own: it stays the same when resumed, or on more processes.
 """
 import atexit
 import inspect
@@ -62,8 +61,8 @@ SMALL = dict(NANO, optimizer="muon", lr=2e-2, warmup_steps=50, decay_frac=0.8, g
              ae_decay_frac=0.8, ae_batch_size=8, ae_grad_accum=1)
 PRESETS = {
     "nano": dict(SMALL, batch_size=4, max_steps=5000, ae_max_steps=350),
-    "mini": dict(SMALL, data="site-packages", n_layer=12, n_embd=1024, n_head=16, n_ff=2752, n_head_layer=3,
-                 block_size=256, batch_size=8, grad_accum=8, lr=3e-3, max_steps=4700, ae_max_steps=2000),
+    "mini": dict(SMALL, data="site-packages", n_layer=8, n_embd=768, n_head=12, n_ff=2048, n_head_layer=2,
+                 block_size=256, batch_size=32, lr=3e-3, max_steps=9600, ae_max_steps=2000),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
     "M": dict(PAPER, n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
     "L": dict(PAPER, n_layer=16, n_embd=1536, n_ff=4096, n_head_layer=4),

@@ -465,7 +465,7 @@ def test_gloo_processes_equal_one_with_as_many_micro_batches(
     assert run(train, "--data", foxes, *SHORT, "--optimizer", "adamw", "--model", model,
                "--out_dir", one).code == 0
     shutil.copytree(one, many)
-    flags = ["--resume", "--data", data_dir / foxes, "--model", model, "--max_steps", 21]
+    flags = ["--resume", "--data", data_dir / foxes, "--model", model, "--max_steps", 21, "--device", "cpu"]
     alone = ["--grad_accum", processes] if model == "calm" else ["--batch_size", 4 * processes]
     assert run(train, *flags, *alone, "--out_dir", one).code == 0
     done = subprocess.run(torchrun(processes, *flags, "--out_dir", many),
@@ -653,25 +653,19 @@ def test_a_card_gets_another_preset_and_text(monkeypatch):
     assert train.parse_args([]).data == "stdlib"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = train.parse_args([])
-    assert (args.data, str(args.out_dir), args.n_layer) == ("site-packages", "out/site-packages", 12)
+    assert (args.data, str(args.out_dir), args.n_layer) == ("site-packages", "out/site-packages", 8)
     assert train.parse_args(["--data", "stdlib"]).data == "stdlib"
     assert train.parse_args(["--device", "cpu"]).data == "stdlib"
 
 
-def test_mini_is_ten_minutes_of_an_h100_at_30_percent_and_four_times_its_text():
-    """Of its 989e12 bfloat16 FLOPs a second, Muon's own included; of the 78e6 bytes to train on."""
+def test_mini_reads_its_text_at_most_four_times_for_as_many_flops_as_were_measured():
+    """The 79e6 bytes that requirements.txt brings; 4.5e16 FLOPs are what the README's figures took."""
     args = train.parse_args(["--preset", "mini"])
     ae = train.config_of(train.AutoencoderConfig, args, "autoencoder", vocab_size=257)
     config = train.config_of(train.CALMConfig, args, "calm", vocab_size=257)
     text = args.max_steps * args.batch_size * args.grad_accum * args.context
-    with torch.device("meta"):
-        model = train.CALM(config, train.Autoencoder(ae))
-    muon = train.make_optimizers(model, train.config_of(train.TrainConfig, args, "calm"))[1]
-    sides = [sorted(p.shape) for group in muon.param_groups for p in group["params"]]
-    steps = sum(5 * (4 * m * m * n + 2 * m ** 3) for m, n in sides) * args.max_steps   # Newton-Schulz's
-    flops = train.flops_per_token(config, ae)["train"] * text + steps
-    assert 3.5 < text / 78e6 < 4
-    assert 0.7 < flops / (600 * 0.3 * 989e12) < 0.9   # the rest is for the autoencoder, BrierLM and samples
+    assert 3.5 < text / 79e6 < 4
+    assert train.flops_per_token(config, ae)["train"] * text == pytest.approx(4.5e16, rel=0.02)
 
 
 def kept_gb(model, tokens, dtype):
@@ -691,7 +685,7 @@ def kept_gb(model, tokens, dtype):
 
 
 @pytest.mark.parametrize("preset, vocab_size, most", [
-    ("nano", 50_257, 0.25), ("mini", 257, 4), ("mini", 50_257, 4), ("M", 128_256, 46)])
+    ("nano", 50_257, 0.25), ("mini", 257, 7), ("mini", 50_257, 7.5), ("M", 128_256, 46)])
 def test_a_large_vocabulary_takes_little_memory(preset, vocab_size, most):
     """Fake tensors: the shapes of a step, without its memory. M, the paper's, has no auxiliary loss."""
     args = train.parse_args(["--preset", preset])
