@@ -168,16 +168,16 @@ def plot(path, folders, x):
     lines = [(points, Path(run).name + " (AR)" * (stage == "ar"))
              for run in folders for stage, points in curves(run, x).items()]
     xs, scores, _ = zip(*(point for points, _ in lines for point in points))
-    low, top, doublings = min(xs), max(*scores, 1), max(math.log2(max(xs) / min(xs)), 1)
+    low, top, span = min(xs), max(*scores, 1), max(math.log2(max(xs) / min(xs)), 1)   # in doublings
     def place(value, score):   # on a sheet of 720 x 420
-        return 50 + 620 * math.log2(value / low) / doublings, 380 - 360 * score / top
+        return 50 + 620 * math.log2(value / low) / span, 380 - 360 * score / top
     def text(x, y, content, color="black"):
         return f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}">{escape(str(content))}</text>'
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 420" font-family="sans-serif" '
-           'font-size="13"><rect width="720" height="420" fill="white"/>', text(10, 14, "BrierLM"),
+           'font-size="13"><rect width="720" height="420" fill="white"/>', text(50, 14, "BrierLM"),
            text(310, 416, "training FLOPs" if x == "flops" else "inference FLOPs a token")]
     svg += [text(20, place(low, score)[1], score) for score in range(0, int(top) + 1, 5)]
-    svg += [text(place(x, 0)[0] - 20, 400, f"{x:.1e}") for x in low * 2 ** np.arange(doublings + 0.01)]
+    svg += [text(place(tick, 0)[0] - 20, 400, f"{tick:.1e}") for tick in low * 2 ** np.linspace(0, span, 7)]
     for i, (points, name) in enumerate(sorted(lines, key=lambda line: -line[0][-1][1])):
         color, corners = f"hsl({360 * i // len(lines)}, 70%, 40%)", [place(*point[:2]) for point in points]
         svg += [f'<polyline points="{" ".join("%.1f,%.1f" % corner for corner in corners)}" fill="none" '
