@@ -62,7 +62,7 @@ SMALL = dict(NANO, optimizer="muon", lr=2e-2, warmup_steps=50, decay_frac=0.8, g
 PRESETS = {
     "nano": dict(SMALL, batch_size=4, max_steps=5000, ae_max_steps=350),
     "mini": dict(SMALL, data="site-packages", n_layer=8, n_embd=768, n_head=12, n_ff=2048, n_head_layer=2,
-                 block_size=256, batch_size=32, lr=3e-3, max_steps=9600, ae_max_steps=2000),
+                 block_size=256, batch_size=16, grad_accum=2, lr=3e-3, max_steps=9600, ae_max_steps=2000),
     "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
     "M": dict(PAPER, n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
     "L": dict(PAPER, n_layer=16, n_embd=1536, n_ff=4096, n_head_layer=4),
