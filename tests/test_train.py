@@ -650,6 +650,7 @@ def test_one_function_chooses_the_precision(device, fast, expected, monkeypatch)
 
 
 def test_a_card_gets_another_preset_and_text(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert train.parse_args([]).data == "stdlib"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = train.parse_args([])
