@@ -4,8 +4,8 @@ The chunk autoencoder (paper, section 2): K tokens -> one continuous vector -> t
     python autoencoder.py --out_dir out/stdlib   # how faithful, how robust is this latent space?
 
 A chunk is encoded on its own: no attention, no context. So its vector depends on its K tokens alone, and
-is a fixed target for CALM. What makes the vectors a space that a generative model can hit is the
-regularisation of the loss: a clipped KL term, dropout on the vector, and masked input tokens. A vector near
+its posterior a fixed target for CALM. What makes the vectors a space that a generative model can hit is the
+regularisation in training: a clipped KL term, dropout on the vector, and masked input tokens. A vector near
 the right one then still decodes to the right K tokens.
 Shapes: K tokens in a chunk, V vocabulary, H width, L latent size; (...) any leading dimensions.
 """
@@ -39,11 +39,11 @@ class AutoencoderConfig:
             check(getattr(self, name) < 1, f"{name} must be below 1, not {getattr(self, name)}")
 
 def check(fine, message):
-    """Of a config. The message begins with the field's name, which train.py makes a flag."""
+    """Of a config's field, whose name the message begins with: train.py makes it a flag."""
     if not fine:
         raise ValueError(message)
 def check_numbers(config):
-    """Of a config: whole numbers from 1, or from 0 where that is the default; others from 0; finite."""
+    """A config's whole numbers are from 1, or from 0 where that is the default, the others from 0."""
     for f in (f for f in fields(config) if f.type in (int, float)):
         least, value = int(f.type is int and f.default != 0), getattr(config, f.name)
         check(least <= value < 1 << 31, f"{f.name} must be at least {least} and finite, not {value}")
@@ -65,7 +65,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class ResidualBlock(nn.Module):
-    """x + SwiGLU(RMSNorm(x)): all that the autoencoder is made of."""
+    """x + SwiGLU(RMSNorm(x)): the block of the encoder and the decoder."""
     def __init__(self, config):
         super().__init__()
         self.layernorm = RMSNorm(config.n_embd, eps=1e-6)

@@ -30,7 +30,7 @@ from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check,
 from data.checkpoint import DEFAULT_RUN, cast_matrices, load_checkpoint, load_tokenizer, read_official
 from data.prepare import encode, fail, get_tokenizer, script
 
-warnings.filterwarnings("ignore", "TensorFloat32")   # torch.compile's advice: too coarse for `distances`
+warnings.filterwarnings("ignore", "TensorFloat32")   # torch.compile advises it: too coarse for `distances`
 
 @dataclass
 class CALMConfig:
@@ -312,7 +312,7 @@ class DiffusionHead(TimeNet):
         super().__init__(config, 2 * config.latent_dim)
         angle = (torch.arange(1001, dtype=torch.float64, device="cpu") / 1000 + 0.008) / 1.008 * math.pi / 2
         beta = (1 - angle[1:].cos() ** 2 / angle[:-1].cos() ** 2).clamp_max(0.999)   # the cosine schedule
-        self.a = (1 - beta).cumprod(0)                                    # (1000,): how much of z is left
+        self.a = (1 - beta).cumprod(0)                                    # (1000,): z's share of the variance
         self.times = torch.linspace(999, 0, config.num_evals, device="cpu").round().long().flip(0)
         self.register_buffer("table", self.coefficients(self.a), persistent=False)   # to train and to sample
         self.register_buffer("steps", self.coefficients(self.a[self.times]), persistent=False)
@@ -391,11 +391,11 @@ def counts(samples):
 
 def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     """Algorithm 1: draw exactly from P^(1/T) / Z with nothing but a sampler of P.
-    draw(n) -> n samples of each row (n, batch, K); T in (0, 1) -> tokens (batch, K), calls (batch,).
+    draw(n) -> n samples of each row (n, batch, K); T in (0, 1) -> tokens (batch, K), samples used (batch,).
     1/T = n + a. n equal samples in a row are a draw from P^n. To accept it with chance P^a too, sample
     on: at sample i accept if it is the same chunk again, else start over with chance a/i (the binomial
     series P^a = sum_i P (1-P)^(i-1) prod_(j<i) (1 - a/j)). Every row walks through samples of its own; one
-    that is not done after max_calls takes Algorithm 2's choice of 200 more."""
+    that is not done after max_calls of them takes Algorithm 2's choice of 200 more."""
     n = math.floor(1 / temperature)
     a = 1 / temperature - n
     samples = draw(min(n, 256))
@@ -408,7 +408,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
             calls, age = calls + active, age + 1
             candidate = torch.where((age == 1)[:, None], x, candidate)
             equal = (x == candidate).all(-1)
-            agreed = (agreed | (age == 1)) & equal
+            agreed = (agreed | (age == 1)) & equal                        # all of the first part, so far
             i = age - n                                                   # above 0: in the second part
             accept = active & equal & (i > 0) if a else active & agreed & (i == 0)
             chosen, done = torch.where(accept[:, None], candidate, chosen), done | accept

@@ -94,8 +94,8 @@ def evaluate(model, data, device, dtype, windows=375, stride=None, context=None,
              progress=False, **sampling):
     """BrierLM on the validation split -> a dict of results, with a standard error: a bootstrap over windows.
     These, of `context` tokens (default: the model's), are spread evenly over the split; n-grams start every
-    `stride` tokens (default: ngram_stride of the model's K), the window before them as context. The positions
-    are the same for any model. num_draws: S, samples a position. sampling: arguments of `CALM.draw`."""
+    `stride` tokens (default: ngram_stride of the model's K), the same positions for any model, the window
+    before them as context. num_draws: S, samples a position. sampling: arguments of `CALM.draw`."""
     K = model.chunk_size
     longest, stride = model.config.block_size * K, stride or ngram_stride(K)
     context = context or longest
@@ -143,7 +143,7 @@ def frontier(args, measure):
     print("temperature  candidates   accuracy  collision    BrierLM")
     temperatures = args.temperatures or (1, 0.8, 0.65, 0.5, 0.33)
     for N, T in [(N, T) for N in args.candidates or [200] for T in temperatures]:
-        if N < 1 / T:
+        if N < 1 / T and args.model == "calm":
             print(f"{T:11.2f}  {N:10}  too few candidates: at least 1/T")
             continue
         result = measure(temperature=T, num_candidates=N)
@@ -156,12 +156,12 @@ def curves(folder, x="flops"):
     """The evaluations in a run's log -> {stage: [(x, BrierLM, the run's name), ...]}; in a folder of runs,
     the last of each. x: "flops" in training, or "inference_flops" a token, known of the last alone."""
     runs, found = sorted(Path(folder).glob("*/log.jsonl")), {}
-    for path in runs or [Path(folder) / "log.jsonl"]:
-        for entry in read_log(path):
-            if ("final" if runs else "brierlm") in entry and entry.get(x, 0) > 0:
-                found.setdefault(entry["stage"], []).append((entry[x], entry["brierlm"], path.parent.name))
+    for path in runs or Path(folder).glob("log.jsonl"):
+        entries = [e for e in read_log(path) if "brierlm" in e and e.get(x, 0) > 0]
+        for entry in {e["stage"]: e for e in entries if "final" in e}.values() if runs else entries:
+            found.setdefault(entry["stage"], []).append((entry[x], entry["brierlm"], path.parent.name))
     if not found:
-        fail(f"{folder} has no evaluation with BrierLM yet: train longer, or with a smaller --eval_interval")
+        fail(f"{folder} has no evaluation with BrierLM yet, or is no run: train, or lower --eval_interval")
     return {stage: sorted(points) for stage, points in found.items()}
 def plot(path, folders, x):
     """Write BrierLM over x to a new SVG: a line for each run or folder of runs, and its name, best first."""
@@ -196,7 +196,7 @@ def main():
     add("--data", help="data set under data/; None: the one it was trained on")
     add("--windows", type=within(1), help="validation windows; None: 375, or 32 with --frontier")
     add("--num_draws", type=within(2, 1000), default=4, help="S: samples a position, at least 2")
-    add("--stride", type=within(4), help="tokens from one n-gram's start to the next; None: K, at least 4")
+    add("--stride", type=within(4), help="tokens from one n-gram's start to the next; None: the run's")
     add("--context", type=within(8), help="tokens a window; None: the model's context")
     add("--frontier", action="store_true", help="accuracy and collision rate of each sampler setting below")
     add("--temperatures", type=within(1e-6, 1, float), nargs="+", help="of --frontier; None: 1 to 0.33")

@@ -27,7 +27,7 @@ def pad_front(prompt, chunk_size, eot):
 
 @torch.inference_mode()
 def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling):
-    """Continue prompt (B, P) of any length, P = 0 included; yields tokens (B, K) as they are drawn.
+    """Continue prompt (B, P), P from 0 to the context; yields tokens (B, K) as they are drawn.
     eot: the border token. After a sequence's first it yields only that; when all have ended it stops. A text
     longer than the context goes on with the last half of it. sampling: other arguments of `CALM.draw`."""
     if not 0 < temperature <= 1:
@@ -139,7 +139,7 @@ def main():
     if len(ids) > context:
         print(f"[a prompt of {len(ids):,} tokens: going on from its last {context:,}]", file=sys.stderr)
     prompt = torch.tensor([[eot, *ids][-context:]], device=device)   # a new document
-    sampling = {"num_candidates": args.num_candidates}
+    sampling = {"num_candidates": args.num_candidates} if args.model == "calm" else {}
     if args.sampler == "exact":
         sampling = {"exact": partial(temperature_exact, max_calls=args.max_calls)}
     torch.manual_seed(args.seed)

@@ -195,6 +195,7 @@ class World:
         """Where nobody reads any more, a closed pipe or terminal, the run ends after its step, and saves."""
         try:
             write(*args)
+            sys.stdout.flush()   # tqdm does not: a pipe would see each line only at the end
         except OSError:
             self.interrupted = True
     def mean(self, value):
@@ -303,30 +304,35 @@ def validate(stage, model, args, data, world, length, brier_windows):
     return metrics
 
 # --- The loop -------------------------------------------------------------------------------------------
-def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, **extra):
-    """Train `model` to max_steps, on from its checkpoint if there is one -> FLOPs, those of the stage before
-    included. extra: what else belongs in the checkpoint."""
+def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, total=None, **extra):
+    """Train `model` to max_steps, or for total FLOPs, on from its checkpoint if there is one -> FLOPs. Both
+    FLOPs include those of the stage before. extra: what else belongs in the checkpoint."""
     path, config = args.out_dir / f"{stage}.pt", config_of(TrainConfig, args, stage)
     checkpoint = open_checkpoint(path, stage, model, data, args.resume, wanted=stage == args.model)
     if checkpoint and checkpoint["done"] and stage != args.model:
         world.say(f"{stage}: {path} is finished, and used as it is")
         return checkpoint["flops"]
-    if not checkpoint and args.resume and (args.out_dir / f"{args.model}.pt").exists():
+    if not checkpoint and (args.out_dir / f"{args.model}.pt").exists():
         fail(f"{path}, which {args.model}.pt was trained with, is gone: put it back")
-    if checkpoint and checkpoint["step"] > config.max_steps:
-        fail(f"{path} is at step {checkpoint['step']:,}: --{flag('max_steps', stage)} must be at least that")
+    first, seen = (checkpoint["step"] + 1, checkpoint["tokens"]) if checkpoint else (1, 0)   # seen: tokens
     count = math.ceil(config.grad_accum / world.size)                     # micro-batches of each process
     length = args.context + {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[stage]   # with the targets
     tokens_per_step = world.size * count * config.batch_size * args.context
+    if total:
+        spent = earlier_flops + token_flops * seen
+        left = (total - spent) / (token_flops * tokens_per_step)   # in steps
+        if left < (-0.5 if checkpoint else 0):
+            fail(f"{spent:.2e} of {total:.2e} FLOPs are spent: raise --flops, or lower --ae_max_steps")
+        args.max_steps = config.max_steps = first - 1 + (round(left) or int(not checkpoint))
+    if first - 1 > config.max_steps:
+        fail(f"{path} is at step {first - 1:,}: --{flag('max_steps', stage)} must be at least that")
     model.to(world.device).train()
-    optimizers, first, seen = make_optimizers(model, config), 1, 0   # seen: tokens before this call
+    optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    if checkpoint:
-        first, seen = checkpoint["step"] + 1, checkpoint["tokens"]
-        if checkpoint["scaler"]:   # empty, unless that was float16
-            scaler.load_state_dict(checkpoint["scaler"])
-        for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):   # with the rates of this call
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+    if checkpoint and checkpoint["scaler"]:   # empty, unless that was float16
+        scaler.load_state_dict(checkpoint["scaler"])
+    for optimizer, saved in zip(optimizers, checkpoint["optimizers"] if checkpoint else []):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})   # rates: this call's
     compute = torch.compile(model) if world.compile else model
     if world.size > 1:
         compute = DistributedDataParallel(compute)
@@ -434,13 +440,7 @@ def main():
     else:
         model = AR(config_of(ARConfig, args, "ar", block_size=args.context))
         cost = flops_per_token(model.config)
-    if total:
-        if flops >= total:
-            fail(f"the autoencoder alone cost {flops:.2e} of {total:.2e} FLOPs: lower --ae_max_steps")
-        sequences = math.ceil(args.grad_accum / world.size) * world.size * args.batch_size   # a step
-        steps = round((total - flops) / cost["train"] / sequences / args.context) or 1
-        args.max_steps = round(world.mean(steps))   # the same on all processes
-    flops = train(args.model, model, args, data, world, cost["train"], flops, **extra)
+    flops = train(args.model, model, args, data, world, cost["train"], flops, total, **extra)
     if world.main:
         finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops, cost["inference"])
     world.mean(0)   # the others wait: gloo may abort a process that leaves before

@@ -72,7 +72,7 @@ def script(when_full="use less data"):
     except OSError as error:
         fail(f"could not write or read: {error}")
     except (MemoryError, OverflowError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|overflow", str(error)):
             raise
         fail(f"{str(error).splitlines()[0].split('. ')[0] or 'out of memory'}: {when_full}")
     finally:

@@ -189,7 +189,8 @@ def test_a_folder_of_runs_is_one_line_through_their_ends(x, points, ticks, label
         entry = {"stage": "calm", "step": 5, "seconds": 1, "flops": flops / 2, "brierlm": 1}
         last = {"step": 9, "flops": flops, "brierlm": score, "inference_flops": 3e5, "final": True}
         (tmp_path / "spectrum" / f"k{i}").mkdir(parents=True)
-        log = f"{json.dumps(entry)}\n{json.dumps(entry | last)}\n"
+        resumed = entry | last | {"step": 7, "flops": flops / 3}   # whose end is a later one
+        log = "".join(f"{json.dumps(line)}\n" for line in (entry, resumed, entry | last))
         (tmp_path / "spectrum" / f"k{i}" / "log.jsonl").write_text(log)
     found = eval_brier.curves(tmp_path / "spectrum", x)
     assert sorted(point[:2] for point in found["calm"]) == sorted(points)
@@ -200,6 +201,8 @@ def test_a_folder_of_runs_is_one_line_through_their_ends(x, points, ticks, label
     corners = [corner.split(",") for corner in svg.find(f"{SVG}polyline").get("points").split()]
     if x == "flops":   # 1, 2 and 8: a third of the way to the right
         assert [float(corner[0]) for corner in corners] == pytest.approx([50, 50 + 620 / 3, 670], abs=0.1)
+    result = run(eval_brier, "--plot", tmp_path / "y.svg", tmp_path)   # a folder of folders of runs
+    assert result.code == 2 and "has no evaluation" in result.err
 
 
 def test_muon_auxiliary_loss_accumulation_and_bfloat16_train(foxes, tmp_path, run):
@@ -747,6 +750,14 @@ def test_a_full_card_is_one_line(foxes, trained, tmp_path, run, monkeypatch):
         assert result.err.splitlines()[-1].startswith("error: CUDA out of memory: lower --")
 
 
+def test_a_fault_of_the_card_is_not_called_a_lack_of_memory(trained, run, monkeypatch):
+    def fault(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fault)
+    with pytest.raises(RuntimeError, match="illegal"):
+        run(sample, "--out_dir", trained / "out")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_a_cpu_keeps_the_memory_that_a_step_frees():
     # In a process of its own: what other tests left on the heap decides where a block goes.
@@ -884,6 +895,20 @@ def test_a_resumed_run_counts_its_tokens_and_flops_on_with_another_batch(copied,
     assert checkpoint_of(out, "ar")["flops"] == last["flops"]
 
 
+def test_a_resumed_run_ends_at_the_flops_that_it_is_given(copied, run):
+    """Also with another batch; again, it only evaluates; fewer than are spent are refused."""
+    flags, out, _ = copied
+    flags = [*flags, "--batch_size", 8, "--flops"]
+    total = 2.5 * checkpoint_of(out, "ar")["flops"]
+    assert run(train, *flags, total).code == 0
+    once = checkpoint_of(out, "ar")
+    a_step = (once["flops"] - total / 2.5) / (once["step"] - 15)
+    assert once["flops"] == pytest.approx(total, abs=a_step / 2)
+    assert run(train, *flags, total).code == 0 and checkpoint_of(out, "ar")["step"] == once["step"]
+    result = run(train, *flags, total / 2)
+    assert result.code == 2 and "FLOPs are spent: raise --flops" in result.err
+
+
 @pytest.mark.parametrize("first, second", [("float32", "float16"), ("float16", "float32"),
                                            ("bfloat16", "float16"), ("float16", "bfloat16")])
 def test_a_run_goes_on_in_another_precision(first, second, foxes, tmp_path, run):
@@ -961,6 +986,15 @@ def test_a_run_whose_reader_has_left_is_saved(foxes, tmp_path, run, monkeypatch)
     out = tmp_path / "out"
     assert run(train, "--data", foxes, "--out_dir", out, *SHORT, "--model", "ar").code == 130
     assert checkpoint_of(out, "ar")["step"] in (10, 11)
+
+
+def test_a_pipe_sees_each_line_and_a_run_whose_pipe_closes_is_saved(trained, tmp_path):
+    command = [sys.executable, "train.py", "--data", trained / "foxes4", "--out_dir", tmp_path, *SHORT,
+               "--model", "ar", "--max_steps", "1000000", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **ALONE)
+    assert process.stdout.readline().startswith(b"ar: ")
+    process.stdout.close()
+    assert process.wait() == 130 and checkpoint_of(tmp_path, "ar")["step"] < 1000
 
 
 # --- Where it stands: another place, other packages, other processes ----------------------------------------
@@ -1055,8 +1089,9 @@ def test_a_start_in_bytes_that_are_no_utf_8_is_taken(trained):
 def test_an_autoencoder_that_is_gone_is_not_trained_anew(trained, tmp_path, run):
     out = shutil.copytree(trained / "out", tmp_path / "out")
     (out / "autoencoder.pt").unlink()
-    result = run(train, "--data", trained / "foxes4", "--out_dir", out, "--resume", "--max_steps", 50)
-    assert result.code == 2 and "autoencoder.pt, which calm.pt was trained with, is gone" in result.err
+    for flags in (["--resume", "--max_steps", 50], []):
+        result = run(train, "--data", trained / "foxes4", "--out_dir", out, *flags)
+        assert result.code == 2 and "autoencoder.pt, which calm.pt was trained with, is gone" in result.err
 
 
 def test_the_demonstration_takes_a_run_of_any_context_and_chunk_size(foxes, tmp_path, run, monkeypatch):
@@ -1228,7 +1263,7 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
         train, ["--ae_muon_lr", "nan"], "new", "--ae_muon_lr must be at least 0 and finite"),
     "negative auxiliary weight": (train, ["--aux_weight", "-1"], "new", "--aux_weight must be at least 0"),
     "a figure of nothing": (
-        eval_brier, ["--plot", "curves.svg", "nowhere"], "out", "nowhere/log.jsonl is not the log of a run"),
+        eval_brier, ["--plot", "curves.svg", "nowhere"], "out", "no evaluation with BrierLM yet, or is no run"),
     "a figure of an autoencoder": (
         eval_brier, ["--plot", "curves.svg", "only_ae"], "out", "has no evaluation with BrierLM yet"),
     "a figure nowhere": (
@@ -1275,7 +1310,7 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
         train, ["--data", "foxes4", *SHORT, "--flops", "9"], "only_ae", "lower --ae_max_steps"),
     "no FLOPs left": (
         train, ["--data", "foxes4", *SHORT, "--match_flops", "out", "--max_steps", "20"], "dear",
-        "autoencoder alone"),
+        "FLOPs are spent"),
     "match_flops of nothing": (
         train, ["--model", "ar", "--data", "foxes4", "--match_flops", "nowhere"], "new", "no checkpoint at"),
     "no checkpoint": (sample, [], "new", "no checkpoint at"),
