@@ -1263,7 +1263,7 @@ BAD = {   # script, flags after --out_dir, folder for --out_dir, what the line m
         train, ["--ae_muon_lr", "nan"], "new", "--ae_muon_lr must be at least 0 and finite"),
     "negative auxiliary weight": (train, ["--aux_weight", "-1"], "new", "--aux_weight must be at least 0"),
     "a figure of nothing": (
-        eval_brier, ["--plot", "curves.svg", "nowhere"], "out", "no evaluation with BrierLM yet, or is no run"),
+        eval_brier, ["--plot", "curves.svg", "nowhere"], "out", "no evaluation with BrierLM yet, or is"),
     "a figure of an autoencoder": (
         eval_brier, ["--plot", "curves.svg", "only_ae"], "out", "has no evaluation with BrierLM yet"),
     "a figure nowhere": (
