@@ -143,7 +143,7 @@ def frontier(args, measure):
     print("temperature  candidates   accuracy  collision    BrierLM")
     temperatures = args.temperatures or (1, 0.8, 0.65, 0.5, 0.33)
     for N, T in [(N, T) for N in args.candidates or [200] for T in temperatures]:
-        if N < 1 / T and args.model == "calm":
+        if N < 1 / T:
             print(f"{T:11.2f}  {N:10}  too few candidates: at least 1/T")
             continue
         result = measure(temperature=T, num_candidates=N)
