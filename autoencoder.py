@@ -3,8 +3,8 @@ The chunk autoencoder (paper, section 2): K tokens -> one continuous vector -> t
 
     python autoencoder.py --out_dir out/stdlib   # how faithful, how robust is this latent space?
 
-A chunk is encoded on its own: no attention, no context. So its vector depends on its K tokens alone, and
-its posterior a fixed target for CALM. What makes the vectors a space that a generative model can hit is the
+A chunk is encoded on its own: no attention, no context. So its posterior depends on its K tokens alone,
+and is a fixed target for CALM. What makes the vectors a space that a generative model can hit is the
 regularisation in training: a clipped KL term, dropout on the vector, and masked input tokens. A vector near
 the right one then still decodes to the right K tokens.
 Shapes: K tokens in a chunk, V vocabulary, H width, L latent size; (...) any leading dimensions.

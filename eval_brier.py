@@ -94,8 +94,8 @@ def evaluate(model, data, device, dtype, windows=375, stride=None, context=None,
              progress=False, **sampling):
     """BrierLM on the validation split -> a dict of results, with a standard error: a bootstrap over windows.
     These, of `context` tokens (default: the model's), are spread evenly over the split; n-grams start every
-    `stride` tokens (default: ngram_stride of the model's K), the same positions for any model, the window
-    before them as context. num_draws: S, samples a position. sampling: arguments of `CALM.draw`."""
+    `stride` tokens (default: ngram_stride of the model's K), at one stride the same for any model, the
+    window before as context. num_draws: S, samples a position. sampling: arguments of `CALM.draw`."""
     K = model.chunk_size
     longest, stride = model.config.block_size * K, stride or ngram_stride(K)
     context = context or longest

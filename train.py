@@ -321,7 +321,7 @@ def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, total
     if total:
         spent = earlier_flops + token_flops * seen
         left = (total - spent) / (token_flops * tokens_per_step)   # in steps
-        if left < (-0.5 if checkpoint else 0):
+        if left < (-0.5 if checkpoint else 0):   # a finished run may be half a step over
             fail(f"{spent:.2e} of {total:.2e} FLOPs are spent: raise --flops, or lower --ae_max_steps")
         args.max_steps = config.max_steps = first - 1 + (round(left) or int(not checkpoint))
     if first - 1 > config.max_steps:

@@ -325,6 +325,11 @@ def test_the_frontier_falls_from_accuracy_and_collision_at_one(model, trained, r
     assert cold[0]["collision"] > warm[0]["collision"] > 0            # colder is more alike
 
 
+def test_the_baseline_needs_no_candidates_for_a_low_temperature(trained, run):
+    flags = ["--out_dir", trained / "out", "--device", "cpu", "--temperature", 0.004, "--max_new_tokens", 8]
+    assert run(sample, *flags, "--model", "ar").code == 0 and run(sample, *flags).code == 2
+
+
 def test_a_bar_stands_before_each_chunk(trained, run):
     """Between two bars are at most K tokens, and without the bars it is the same text."""
     flags = ["--out_dir", trained / "out", "--device", "cpu", "--start", "the quick", "--max_new_tokens", 40]
