@@ -1,23 +1,24 @@
 """
-CALM: a language model that predicts the next vector in place of the next token (arXiv 2510.27688).
+CALM (arXiv 2510.27688): a language model that predicts the next vector, not the next token.
 
-A training step in five lines (`python calm.py` takes a line of text through them, and prints each shape):
+A training step in five lines (`python calm.py` takes a line of text through them):
 
-    chunks of K tokens      -> one input vector each     (CALM.inputs)
-    input vectors           -> hidden states h_t         (Transformer)
-    h_t and noise           -> N samples of z_{t+1}      (EnergyHead: one step, no likelihood)
-    chunk t+1               -> M samples of z_{t+1}      (the frozen autoencoder's posterior)
-    the two sets of samples -> loss                      (energy_score)
+    chunks of K tokens           -> one input vector each       CALM.inputs
+    input vectors                -> hidden states h_t           Transformer
+    h_t and noise                -> N samples of z_{t+1}        EnergyHead.sample
+    chunk t+1                    -> M samples of z_{t+1}        the frozen autoencoder's posterior
+    these two clouds of samples  -> loss                        energy_score
 
-Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, L latent size,
-N head samples, M target samples, P positions (B and T flattened), nh attention heads of width hs.
-tokens (B, T*K), chunks (B, T, K), h (B, T, D), z (..., L). Layers are named as in the authors' checkpoints.
+This file reads from top to bottom: the Transformer, the energy head, the energy score, CALM, and
+AR, the token-by-token baseline. Behind them stand two slower heads, and what everything costs.
+
+Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, L latent
+size, N head samples, M target samples, P positions (B and T flattened), nh attention heads of
+width hs. tokens (B, T*K), chunks (B, T, K), h (B, T, D), z (..., L). Layers have the names of
+the authors' checkpoints.
 """
 import math
-import warnings
-from collections import OrderedDict
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,16 +26,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, check, check_numbers, init_weights,
+from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, init_weights,
                          posterior_samples)
-from data.checkpoint import DEFAULT_RUN, cast_matrices, load_checkpoint, load_tokenizer, read_official
-from data.prepare import encode, fail, get_tokenizer, script
 
-warnings.filterwarnings("ignore", "TensorFloat32")   # torch.compile advises it: too coarse for `distances`
 
 @dataclass
 class CALMConfig:
-    vocab_size: int = 257          # V: bytes and end-of-text
+    """Sizes of a CALM. The defaults are the paper's CALM-S, but for the vocabulary: bytes."""
+    vocab_size: int = 257          # V: 256 bytes and end-of-text
     chunk_size: int = 4            # K: tokens in a chunk
     latent_dim: int = 128          # L: size of a chunk's vector
     n_embd: int = 768              # D: width
@@ -42,29 +41,31 @@ class CALMConfig:
     n_layer: int = 12              # blocks of the Transformer
     n_head: int = 16               # attention heads
     n_head_layer: int = 3          # blocks of the generative head; the paper takes n_layer / 4
-    n_noise: int = 64              # size of the generative head's noise
+    n_noise: int = 64              # size of the energy head's noise
     block_size: int = 2048         # context in chunks
     num_samples: int = 8           # N: head samples a position in training
     num_targets: int = 100         # M: target samples a position
-    alpha: float = 1.0             # exponent of the energy score, in (0, 2)
-    input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # reads embeddings, latents, both
+    alpha: float = 1.0             # exponent of the energy score
+    input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # tokens, latents, both
     head: str = "energy"           # generative head, a name in HEADS
-    num_evals: int = 0             # evaluations of it a sample; 0: as many as the paper takes
-    aux_weight: float = 0.0        # departure: weight of the auxiliary loss, see CALM.loss; 0: none
+    num_evals: int = 0             # network evaluations a sample; 0: as many as the paper takes
+    aux_weight: float = 0.0        # weight of CALM.auxiliary_loss, which is ours, not the paper's
 
     def __post_init__(self):
-        check_backbone(self)
-        check(self.head in HEADS, f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
-        head = HEADS[self.head]
-        self.num_evals = self.num_evals or head.default_evals
-        check(self.num_evals in head.evals, f"num_evals must be in {head.evals}, not {self.num_evals}")
-        check(self.num_samples > 1, f"num_samples must be at least 2, to compare, not {self.num_samples}")
-        check(0 < self.alpha < 2, f"alpha must be in (0, 2), where the score is proper, not {self.alpha}")
-        self.aux_every = math.ceil(self.vocab_size / 4096)   # of so many positions one has the auxiliary loss
+        check_heads(self.n_embd, self.n_head)
+        if self.head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
+        if self.num_samples < 2:
+            raise ValueError(f"num_samples must be at least 2, for pairs, not {self.num_samples}")
+        if not 0 < self.alpha < 2:
+            raise ValueError(f"alpha must be in (0, 2) for a proper score, not {self.alpha}")
+        self.num_evals = self.num_evals or HEADS[self.head].paper_evals
+
 
 @dataclass
 class ARConfig:
-    vocab_size: int = 257          # the other defaults are the paper's Transformer-S
+    """Sizes of the token-by-token baseline. The defaults are the paper's Transformer-S."""
+    vocab_size: int = 257
     n_embd: int = 768
     n_ff: int = 2048
     n_layer: int = 12
@@ -72,57 +73,76 @@ class ARConfig:
     block_size: int = 2048         # context in tokens
 
     def __post_init__(self):
-        check_backbone(self)
+        check_heads(self.n_embd, self.n_head)
 
-def check_backbone(config):
-    check_numbers(config)
-    D, heads = config.n_embd, config.n_head
-    check(D % (2 * heads) == 0, f"n_embd {D} must be divisible by n_head {heads}, into an even width each")
 
-# --- The Transformer (section 3.3), LLaMA's: RMSNorm, rotary positions, SwiGLU, no biases ---------------
+def check_heads(n_embd, n_head):
+    """Raise ValueError unless all attention heads get the same width, and it is even."""
+    if n_embd % (2 * n_head) != 0:
+        raise ValueError(f"n_embd {n_embd} must be divisible by n_head {n_head}, in even widths")
+
+
+# --- The Transformer (section 3.3): LLaMA's, with RMSNorm, rotary positions, SwiGLU, no biases 
+
+
 def rotary_tables(head_dim, positions, theta=10000.0):
-    """cos and sin of position * frequency, (positions, hs): the half-rotation layout."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)   # (hs/2,)
-    angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency).repeat(1, 2)   # (T, hs)
+    """cos and sin of position * frequency, (positions, hs) each, in the half-rotation layout."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
+    angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
+    angle = angle.repeat(1, 2)                                     # (positions, hs)
     return angle.cos(), angle.sin()
 
+
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + hs/2}) of x (B, nh, T, hs) by its position's angle."""
+    """Turn each pair (x_i, x_{i + hs/2}) of x (B, nh, T, hs) by the angle of its position."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
+
 class KVCache:
-    """Keys and values of the positions so far, preallocated for `block_size` positions."""
+    """Keys and values of the positions so far, for generation. Memory is taken once, in full."""
+
     def __init__(self, block_size):
         self.block_size = block_size
-        self.length = 0     # positions filled; setting it lower forgets the positions after it
-        self.layers = {}    # layer -> (2, B, nh, block_size, hs)
+        self.length = 0     # positions that are filled; a lower number forgets those behind it
+        self.layers = {}    # layer -> keys and values (2, B, nh, block_size, hs)
 
     def write(self, layer, k, v):
-        """k, v (B, nh, T, hs) -> with those before, (2, B, nh, end, hs). The Transformer moves the length."""
+        """Append k, v (B, nh, T, hs) -> all keys and all values so far (B, nh, end, hs)."""
         if layer not in self.layers:
-            self.layers[layer] = k.new_zeros(2, *k.shape[:2], self.block_size, k.shape[-1])
+            B, nh, _, hs = k.shape
+            self.layers[layer] = k.new_zeros(2, B, nh, self.block_size, hs)
         end = self.length + k.shape[2]
         self.layers[layer][..., self.length:end, :] = torch.stack([k, v])
         return self.layers[layer][..., :end, :]
+
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         D = config.n_embd
-        self.layer, self.n_head = layer, config.n_head
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
+        self.layer = layer
+        self.n_head = config.n_head
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, D, bias=False)
+        self.v_proj = nn.Linear(D, D, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
 
     def forward(self, x, cos, sin, cache=None, mask=None):
-        """x (B, T, D), cos and sin (T, hs) -> (B, T, D). The rest is as in Transformer.forward."""
-        q, k, v = (proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)   # (B, nh, T, hs)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)   # cos is float32
+        """x (B, T, D), cos and sin (T, hs) -> (B, T, D). For the rest see Transformer.forward."""
+        heads = (self.n_head, -1)
+        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)    # (B, nh, T, hs)
+        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
+        q = rotate(q, cos, sin).type_as(v)                         # cos and sin are float32
+        k = rotate(k, cos, sin).type_as(v)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v)                              # (B, nh, end, hs)
-        causal = mask is None and q.shape[2] == k.shape[2]   # else the mask rules, or one query sees all keys
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.o_proj(y.transpose(1, 2).flatten(-2))                     # (B, T, D)
+            k, v = cache.write(self.layer, k, v)                   # (B, nh, end, hs)
+        # Without a mask, either all positions are here (causal), or one query may see every key.
+        causal = mask is None and q.shape[2] == k.shape[2]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.o_proj(x.transpose(1, 2).flatten(-2))          # (B, T, D)
+
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -132,12 +152,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, eps=1e-6)
         self.mlp = SwiGLU(config.n_embd, config.n_ff)
 
-    def forward(self, x, *args):
-        x = x + self.self_attn(self.input_layernorm(x), *args)
+    def forward(self, x, cos, sin, cache, mask):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
+
 
 class Transformer(nn.Module):
     """Vectors in, hidden states out. CALM feeds it chunks, AR feeds it tokens."""
+
     def __init__(self, config):
         super().__init__()
         self.block_size = config.block_size
@@ -149,22 +171,28 @@ class Transformer(nn.Module):
 
     def forward(self, x, cache=None):
         """x (B, T, D) -> h (B, T, D). With a cache, x goes on where the cache ends."""
+        T = x.shape[1]
         start = 0 if cache is None else cache.length
-        T, end = x.shape[1], start + x.shape[1]
+        end = start + T
         if end > self.block_size:
             raise ValueError(f"{end} positions, but the context is {self.block_size}")
-        mask = None   # whom each sees, (T, end); needed only where several go on behind others
-        if start and T > 1:
-            mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start)
+
+        mask = None
+        if start > 0 and T > 1:   # several queries behind cached keys: what each may attend to
+            mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start)    # (T, end)
         for layer in self.layers:
             x = layer(x, self.cos[start:end], self.sin[start:end], cache, mask)
         if cache is not None:
             cache.length = end
         return self.norm(x)
 
-# --- The energy head (section 3.2): h and noise -> z, in one step ---------------------------------------
+
+# --- The energy head (section 3.2): a hidden state and noise -> a vector, in one step ------
+
+
 class EnergyBlock(nn.Module):
-    """x + down_proj(silu(g) * u), where g, u come from a three-layer MLP on [LayerNorm(x), c]."""
+    """x + W_4(silu(g) * u), where g and u come from a three-layer MLP on [LayerNorm(x), c]."""
+
     def __init__(self, D):
         super().__init__()
         self.in_ln = nn.LayerNorm(D, eps=1e-6)
@@ -173,339 +201,195 @@ class EnergyBlock(nn.Module):
         self.down_proj = nn.Linear(D, D)
 
     def forward(self, x, c):
-        # W [a, c] = W_a a + W_c c, and W_c c is computed once: c (..., D) is the same for all N samples.
-        of_x, of_c = self.linears[0].weight.chunk(2, dim=1)               # (D, D) each
-        y = F.linear(self.in_ln(x), of_x) + F.linear(c, of_c, self.linears[0].bias)
-        g, u = self.linears[1:](y).chunk(2, dim=-1)                       # (N, ..., D) each, of the rest
+        """x (N, ..., D), a vector a sample; c (..., D), the condition, one for all N samples."""
+        # The first layer is W [x, c] + b = W_x x + (W_c c + b). The bracket is the same for all N
+        # samples, so it is computed once a position.
+        first = self.linears[0]
+        W_x, W_c = first.weight.chunk(2, dim=1)                    # (D, D) each
+        mixed = F.linear(self.in_ln(x), W_x) + F.linear(c, W_c, first.bias)
+        g, u = self.linears[1:](mixed).chunk(2, dim=-1)            # (N, ..., D) each
         return x + self.down_proj(F.silu(g) * u)
 
+
+class FinalLayer(nn.Module):
+    """LayerNorm, then a two-layer MLP from the width D to the latent size L."""
+
+    def __init__(self, D, L):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(D, eps=1e-6)
+        self.linears = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, L))
+
+    def forward(self, x):
+        return self.linears(self.in_ln(x))
+
+
 class EnergyHead(nn.Module):
-    """Draws z_{t+1} given h_t. Two verbs, as every head: a loss (called by CALM.loss, below), a sample."""
-    default_evals, evals = 1, range(1, 2)   # network evaluations a sample
+    """Draws z_{t+1} given h_t. Like every head it has two verbs: a loss and a sample."""
+    paper_evals = 1     # network evaluations a sample
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         D = config.n_embd
+        if config.num_evals != 1:
+            raise ValueError(f"num_evals must be 1 for the energy head, not {config.num_evals}")
         self.noise_embd = nn.Linear(config.n_noise, D)
         self.norm_noise = nn.LayerNorm(D, eps=1e-6)
         self.hidden_embd = nn.Linear(D, D)
         self.norm_hidden = nn.LayerNorm(D, eps=1e-6)
         self.mlp_blocks = nn.ModuleList([EnergyBlock(D) for _ in range(config.n_head_layer)])
-        self.final_layer = nn.Sequential(OrderedDict(in_ln=nn.LayerNorm(D, eps=1e-6), linears=nn.Sequential(
-            nn.Linear(D, D), nn.SiLU(), nn.Linear(D, config.latent_dim))))
+        self.final_layer = FinalLayer(D, config.latent_dim)
         self.apply(init_weights)
-        nn.init.zeros_(self.final_layer.linears[2].weight)   # samples begin at 0, and part as this moves
+        nn.init.zeros_(self.final_layer.linears[2].weight)         # at first every sample is zero
 
     def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): default U[-1/2, 1/2]."""
+        """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): U[-.5, .5]."""
         if noise is None:
-            noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5   # epsilon
-        x = self.norm_noise(self.noise_embd(noise))                       # (n, ..., D)
-        c = self.norm_hidden(self.hidden_embd(h))                         # (..., D)
+            noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5
+        x = self.norm_noise(self.noise_embd(noise))                # (n, ..., D)
+        c = self.norm_hidden(self.hidden_embd(h))                  # (..., D)
         for block in self.mlp_blocks:
             x = block(x, c)
-        return self.final_layer(x)
+        return self.final_layer(x)                                 # (n, ..., L)
 
     def loss(self, h, mean, log_std):
-        """Equation 12: h (P, D); mean, log_std (P, L) of the posterior of the chunk to come -> (P,)."""
-        z = self.sample(h, self.config.num_samples)                       # (N, P, L)
+        """Equation 12: h (P, D); mean, log_std (P, L) of the next chunk's posterior -> (P,)."""
+        z = self.sample(h, self.config.num_samples)                # (N, P, L)
         y = posterior_samples(mean, log_std, self.config.num_targets)     # (M, P, L)
         return energy_score(z, y, self.config.alpha)
 
+
 def energy_score(x, y, alpha=1.0):
-    """The energy loss of samples x (N, P, L) for targets y (M, P, L) -> (P,), in float32 (equation 12):
+    """The energy loss of samples x (N, P, L) for targets y (M, P, L) -> (P,) (equation 12):
 
         2/(N M) sum_{n,m} |x_n - y_m|^alpha  -  1/(N (N-1)) sum_{n != k} |x_n - x_k|^alpha
 
-    An unbiased estimate of a strictly proper score (0 < alpha < 2), least exactly where x and y have the same
-    distribution: the first term pulls the samples to the targets, the second keeps them apart."""
+    The first term pulls the samples to the targets, the second keeps them apart from each other.
+    For 0 < alpha < 2 this is an unbiased estimate of a strictly proper score: its expectation is
+    least exactly where x and y have the same distribution. Computed in true float32 (no TF32).
+    """
     N = len(x)
     with torch.autocast(x.device.type, enabled=False):
-        x, y = x.float().transpose(0, 1), y.float().transpose(0, 1)       # (P, N, L), (P, M, L)
-        to_targets = distances(x, y, alpha).mean((1, 2))                  # (P,)
-        pairs = 2 * distances(x, x, alpha).triu(1).sum((1, 2))            # (P,): n < k, and as many n > k
-        return 2 * to_targets - pairs / (N * (N - 1))
+        x = x.float().transpose(0, 1)                              # (P, N, L)
+        y = y.float().transpose(0, 1)                              # (P, M, L)
+        to_targets = distances(x, y, alpha).mean((1, 2))           # (P,)
+        pairs = distances(x, x, alpha).triu(1).sum((1, 2))         # (P,), over the pairs n < k
+        return 2 * to_targets - 2 * pairs / (N * (N - 1))
+
 
 def distances(x, y, alpha):
-    """|x_n - y_m|^alpha for x (P, N, L), y (P, M, L) -> (P, N, M), as |x|^2 + |y|^2 - 2 x.y (-2 is baddbmm's
-    alpha): never (P, N, M, L). The floor keeps the gradient finite (zero) where two points meet."""
-    x2, y2 = (torch.linalg.vector_norm(v, dim=-1) ** 2 for v in (x, y))   # (P, N), (P, M)
+    """|x_n - y_m|^alpha: x (P, N, L), y (P, M, L) -> (P, N, M).
+
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, a matrix product, so no (P, N, M, L) is ever built. The floor
+    of 1e-10 keeps the gradient finite (it is zero) where two points meet.
+    """
+    x2 = torch.linalg.vector_norm(x, dim=-1) ** 2                  # (P, N)
+    y2 = torch.linalg.vector_norm(y, dim=-1) ** 2                  # (P, M)
     squares = torch.baddbmm(x2[:, :, None] + y2[:, None, :], x, y.transpose(1, 2), alpha=-2)
     return squares.clamp_min(1e-10) ** (alpha / 2)
 
-# --- Two heads that take many steps (section 3.2, figure 8): a network of time t carries noise to z ----
-class AdaLNBlock(nn.Module):
-    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), where the condition y gives shift, scale, gate."""
-    def __init__(self, D):
-        super().__init__()
-        self.in_ln = nn.LayerNorm(D, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
 
-    def forward(self, x, y):
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
-        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+# --- The two models: the same Transformer, over chunks and over tokens ---------------------
 
-class TimeNet(nn.Module):
-    """(x_t, t, h) -> `out` numbers: the network of both heads, the design of MAR's (Li et al., 2024)."""
-    def __init__(self, config, out):
-        super().__init__()
-        self.config = config
-        D = config.n_embd
-        self.time_embed = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
-        self.cond_embed = nn.Linear(D, D)
-        self.input_proj = nn.Linear(config.latent_dim, D)
-        self.res_blocks = nn.ModuleList([AdaLNBlock(D) for _ in range(config.n_head_layer)])
-        self.final_layer = nn.ModuleDict({
-            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D)), "linear": nn.Linear(D, out)})
-        self.apply(init_weights)
-        for name, parameter in self.named_parameters():   # at first no block does anything; the output is 0
-            if "adaLN_modulation" in name or "final_layer" in name:
-                nn.init.zeros_(parameter)
 
-    def forward(self, x, t, h):
-        """x (..., L), t (...) in 0 .. 999, h (..., D) -> (..., out), in float32"""
-        frequency = 10000.0 ** (-torch.arange(128, device=x.device) / 128)
-        angle = t[..., None] * frequency                                  # (..., 128)
-        y = self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1)) + self.cond_embed(h)
-        x = self.input_proj(x)
-        for block in self.res_blocks:
-            x = block(x, y)
-        shift, scale = self.final_layer["adaLN_modulation"](y).chunk(2, dim=-1)
-        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-        return self.final_layer["linear"](x).float()
-
-class FlowHead(TimeNet):
-    """Flow matching: a velocity carries noise x_0 to z along the straight line x_t = (1 - t) x_0 + t z."""
-    default_evals, evals = 20, range(2, 1001, 2)
-
-    def __init__(self, config):
-        super().__init__(config, config.latent_dim)
-
-    def velocity(self, x, t, h):
-        return self(x, (1000 * t).floor(), h)   # the network counts time in thousandths, as the authors' does
-
-    def loss(self, h, mean, log_std):
-        """Squared error of the velocity z - x_0 at N random times a position, a mean over L -> (P,)."""
-        z = posterior_samples(mean, log_std, self.config.num_samples)     # (N, P, L)
-        x_0, t = torch.randn_like(z), torch.rand(z.shape[:2], device=z.device)
-        x_t = torch.lerp(x_0, z, t[..., None])
-        return (self.velocity(x_t, t, h) - (z - x_0)).square().mean(-1).mean(0)
-
-    def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L), by num_evals / 2 midpoint steps from noise, x_0."""
-        shape = (n, *h.shape[:-1], self.config.latent_dim)
-        x = torch.randn(shape, device=h.device) if noise is None else noise
-        times = torch.linspace(0, 1, self.config.num_evals // 2 + 1, device=h.device)
-        for t, step in zip(times[:-1], times.diff()):
-            middle = x + step / 2 * self.velocity(x, t.expand(shape[:-1]), h)
-            x = x + step * self.velocity(middle, (t + step / 2).expand(shape[:-1]), h)
-        return x
-
-class DiffusionHead(TimeNet):
-    """Diffusion: undo the noise of x_t = sqrt(a_t) z + sqrt(1 - a_t) noise step by step, t = 999 .. 0. The
-    network predicts that noise and, between two bounds, each step's log-variance (Nichol, Dhariwal, 2021)."""
-    default_evals, evals = 100, range(1, 1001)
-
-    def __init__(self, config):
-        super().__init__(config, 2 * config.latent_dim)
-        angle = (torch.arange(1001, dtype=torch.float64, device="cpu") / 1000 + 0.008) / 1.008 * math.pi / 2
-        beta = (1 - angle[1:].cos() ** 2 / angle[:-1].cos() ** 2).clamp_max(0.999)   # the cosine schedule
-        self.a = (1 - beta).cumprod(0)                                    # (1000,): z's share of the variance
-        self.times = torch.linspace(999, 0, config.num_evals, device="cpu").round().long().flip(0)
-        self.register_buffer("table", self.coefficients(self.a), persistent=False)   # to train and to sample
-        self.register_buffer("steps", self.coefficients(self.a[self.times]), persistent=False)
-
-    @staticmethod
-    def coefficients(a):
-        """Of each step t with a_t (steps,), as rows: sqrt(a), sqrt(1 - a), the weights of z and x_t in the
-        mean of q(x_{t-1} | x_t, z), the log-variances of that and of q(x_t | x_{t-1}) -> (6, steps)."""
-        before = F.pad(a[:-1], (1, 0), value=1.0)                         # a_{t-1}
-        beta = 1 - a / before
-        variance = beta * (1 - before) / (1 - a)
-        variance[0] = variance[1] if len(a) > 1 else beta[0]              # the last step's is 0: no logarithm
-        return torch.stack([a.sqrt(), (1 - a).sqrt(), before.sqrt() * beta / (1 - a),
-                            (1 - beta).sqrt() * (1 - before) / (1 - a), variance.log(), beta.log()]).float()
-
-    def terms(self, z, noise, t, h):
-        """Both parts of the loss (...) at times t (...): the squared error of the noise, and the bits of the
-        step back, through which only the variance learns."""
-        root_a, root_1_a, of_z, of_x, log_low, log_high = self.table[:, t][..., None]   # (..., 1) each
-        x_t = root_a * z + root_1_a * noise
-        predicted, v = self(x_t, t, h).chunk(2, dim=-1)                   # (..., L) each
-        log_var = torch.lerp(log_low, log_high, (v + 1) / 2)
-        true_mean = of_z * z + of_x * x_t
-        mean = of_z * (x_t - root_1_a * predicted.detach()) / root_a + of_x * x_t
-        kl = (log_var - log_low - 1 + (log_low - log_var).exp() + (true_mean - mean) ** 2 / log_var.exp()) / 2
-        nll = (math.log(2 * math.pi) + log_var + (z - mean) ** 2 / log_var.exp()) / 2   # of z, at t = 0
-        bits = torch.where((t == 0)[..., None], nll, kl).mean(-1) / math.log(2)
-        return (noise - predicted).square().mean(-1), bits
-
-    def loss(self, h, mean, log_std):
-        """The sum of both terms at N random times a position, a mean over L -> (P,)."""
-        z = posterior_samples(mean, log_std, self.config.num_samples)     # (N, P, L)
-        t = torch.randint(1000, z.shape[:2], device=z.device)
-        squared_error, bits = self.terms(z, torch.randn_like(z), t, h)
-        return (squared_error + bits).mean(0)
-
-    def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L), by num_evals of the 1000 steps from noise, x_999."""
-        shape = (n, *h.shape[:-1], self.config.latent_dim)
-        x = torch.randn(shape, device=h.device) if noise is None else noise
-        for i in reversed(range(len(self.times))):
-            root_a, root_1_a, of_z, of_x, log_low, log_high = self.steps[:, i]
-            t = torch.full(shape[:-1], int(self.times[i]), device=h.device)
-            predicted, v = self(x, t, h).chunk(2, dim=-1)
-            z = ((x - root_1_a * predicted) / root_a).clamp(-10, 10)   # root_a is 5e-5 at first: errors grow
-            x = of_z * z + of_x * x
-            if i:
-                log_var = torch.lerp(log_low, log_high, (v + 1) / 2)
-                x = x + (log_var / 2).exp() * torch.randn_like(x)
-        return x
-
-HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
-
-# --- Temperature without likelihoods (section 5) --------------------------------------------------------
-def temperature_batch(samples, temperature):
-    """Algorithm 2: of N candidates, samples (N, batch, K) of P, pick one about as from P^(1/T) / Z, T <= 1
-    -> tokens (batch, K).
-    With s = 1/T = n, a chunk seen c times has C(c, n) ways of being drawn n times running, which is what
-    P^n weighs. If none was seen n times, the algorithm tries n - 1, n - 2, ...: s is cut to the largest c.
-    For any T, C comes from the Gamma function, C(c, s) = G(c+1) / (G(s+1) G(c-s+1)) for c from floor(s) on,
-    and grows as c^s: the choice goes to P^s with N. Each of a chunk's c copies carries C(c, s) / c."""
-    count = counts(samples).float()                                       # c of each copy's chunk, (N, batch)
-    s = count.amax(0).clamp_max(1 / temperature)                          # (batch,)
-    log_ways = (count + 1).lgamma() - (count - s + 1).lgamma() - count.log()   # G(s+1) is the same for all
-    log_ways = log_ways.masked_fill(count < s.floor(), -math.inf)
-    pick = torch.multinomial(log_ways.softmax(0).T, 1).squeeze(1)         # (batch,)
-    return samples[pick, torch.arange(samples.shape[1], device=samples.device)]
-
-def counts(samples):
-    """How often the chunk of each sample occurs among the N of its row: (N, batch, K) -> (N, batch)."""
-    key = samples[..., 0].T.contiguous()
-    for k in range(1, samples.shape[2]):
-        key = key * 1_000_003 + samples[..., k].T                         # a 64-bit hash, (batch, N)
-    ordered = key.sort(dim=-1).values
-    return (torch.searchsorted(ordered, key, right=True) - torch.searchsorted(ordered, key)).T
-
-def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
-    """Algorithm 1: draw exactly from P^(1/T) / Z with nothing but a sampler of P.
-    draw(n) -> n samples of each row (n, batch, K); T in (0, 1) -> tokens (batch, K), samples used (batch,).
-    1/T = n + a. n equal samples in a row are a draw from P^n. To accept it with chance P^a too, sample
-    on: at sample i accept if it is the same chunk again, else start over with chance a/i (the binomial
-    series P^a = sum_i P (1-P)^(i-1) prod_(j<i) (1 - a/j)). Every row walks through samples of its own; one
-    that is not done after max_calls of them takes Algorithm 2's choice of 200 more."""
-    n = math.floor(1 / temperature)
-    a = 1 / temperature - n
-    samples = draw(min(n, 256))
-    candidate = chosen = torch.zeros_like(samples[0])                     # (batch, K)
-    calls = age = torch.zeros(batch, dtype=torch.long, device=chosen.device)   # age: samples of this attempt
-    agreed = done = torch.zeros_like(calls, dtype=torch.bool)
-    while True:
-        for x in samples:                                                 # (batch, K)
-            active = ~done & (calls < max_calls)
-            calls, age = calls + active, age + 1
-            candidate = torch.where((age == 1)[:, None], x, candidate)
-            equal = (x == candidate).all(-1)
-            agreed = (agreed | (age == 1)) & equal                        # all of the first part, so far
-            i = age - n                                                   # above 0: in the second part
-            accept = active & equal & (i > 0) if a else active & agreed & (i == 0)
-            chosen, done = torch.where(accept[:, None], candidate, chosen), done | accept
-            unlucky = (i > 0) & ~equal & (torch.rand(batch, device=x.device) < a / i)
-            age = age.masked_fill(((i == 0) & ~agreed) | unlucky, 0)
-        if (done | (calls >= max_calls)).all():
-            break
-        samples = draw(min(2 * len(samples), 256))   # fewer, larger calls for rows that need many
-    if done.all():
-        return chosen, calls
-    warnings.warn(f"a chunk took over {max_calls:,} calls: drawn by Algorithm 2")   # said once
-    fallback = temperature_batch(draw(200), temperature)
-    return torch.where(done[:, None], chosen, fallback), calls + 200 * ~done
-
-# --- The two models: the same Transformer, over chunks and over tokens ----------------------------------
 class CALM(nn.Module):
+    """Reads chunks, draws the vector of the next one, decodes it with the frozen autoencoder."""
+
     def __init__(self, config, autoencoder):
         super().__init__()
-        c, K, D = config, config.chunk_size, config.n_embd
         for name in ("vocab_size", "chunk_size", "latent_dim"):
-            ours, theirs = getattr(c, name), getattr(autoencoder.config, name)
-            check(ours == theirs, f"{name} is {ours}, but the autoencoder's is {theirs}")
-        self.config, self.chunk_size = c, K
-        if c.input_mode != "continuous":
-            self.embed_tokens = nn.Embedding(c.vocab_size, D)
-            self.embed_proj = nn.Sequential(nn.Linear(K * D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D),
-                                            nn.LayerNorm(D, eps=1e-6))
-        if c.input_mode != "discrete":
-            self.latent_proj = nn.Linear(c.latent_dim, D)
-        self.transformer = Transformer(c)
-        if c.aux_weight:
-            self.aux = nn.Linear(D, K * c.vocab_size)
+            ours = getattr(config, name)
+            theirs = getattr(autoencoder.config, name)
+            if ours != theirs:
+                raise ValueError(f"{name} is {ours}, but the autoencoder's is {theirs}")
+        self.config = config
+        self.chunk_size = config.chunk_size
+        K = config.chunk_size
+        D = config.n_embd
+        if config.input_mode != "continuous":
+            self.embed_tokens = nn.Embedding(config.vocab_size, D)
+            self.embed_proj = nn.Sequential(nn.Linear(K * D, 2 * D), nn.SiLU(),
+                                            nn.Linear(2 * D, D), nn.LayerNorm(D, eps=1e-6))
+        if config.input_mode != "discrete":
+            self.latent_proj = nn.Linear(config.latent_dim, D)
+        self.transformer = Transformer(config)
+        if config.aux_weight > 0:                                  # ours: see auxiliary_loss
+            self.aux = nn.Linear(D, K * config.vocab_size)
+            self.aux_every = math.ceil(config.vocab_size / 4096)
         self.apply(init_weights)
-        self.head = HEADS[c.head](c)   # which initialises itself
+        self.head = HEADS[config.head](config)                     # which initialises itself
         self.autoencoder = autoencoder.requires_grad_(False)
 
     def train(self, mode=True):
+        """As nn.Module.train, but the frozen autoencoder always stays in eval mode."""
         super().train(mode)
-        self.autoencoder.eval()   # frozen: no dropout, no masking
+        self.autoencoder.eval()
         return self
 
     def inputs(self, tokens):
         """tokens (B, T*K) -> one vector a chunk (B, T, D) (section 3.3)."""
-        chunks = tokens.unflatten(1, (-1, self.chunk_size))               # (B, T, K)
-        x = 0
-        if self.config.input_mode != "continuous":
-            x = self.embed_proj(self.embed_tokens(chunks).flatten(-2))    # (B, T, K*D) -> (B, T, D)
-        if self.config.input_mode != "discrete":
+        chunks = tokens.unflatten(1, (-1, self.chunk_size))        # (B, T, K)
+        if self.config.input_mode == "continuous":
+            return self.latent_proj(self.autoencoder.encode(chunks)[0])
+        embedded = self.embed_tokens(chunks).flatten(-2)           # (B, T, K*D)
+        x = self.embed_proj(embedded)                              # (B, T, D)
+        if self.config.input_mode == "both":
             x = x + self.latent_proj(self.autoencoder.encode(chunks)[0])
         return x
 
     def hidden(self, tokens, cache=None):
-        """tokens (B, T*K) -> h (B, T, D): h_t has seen chunks up to and with t, and predicts chunk t+1."""
+        """tokens (B, T*K) -> h (B, T, D): h_t has seen chunks up to t, and predicts chunk t+1."""
         return self.transformer(self.inputs(tokens), cache)
 
     def loss(self, tokens):
-        """tokens (B, (T+1)*K): chunk t+1 from h_t, at P = B*T positions -> scalar, metrics."""
-        c, K = self.config, self.chunk_size
-        h = self.hidden(tokens[:, :-K]).flatten(0, 1)                     # (P, D)
-        targets = tokens[:, K:].reshape(-1, K)                            # (P, K): chunk t+1 of each h_t
-        mean, log_std = (v.float() for v in self.autoencoder.encode(targets))   # (P, L): its posterior
-        loss = self.head.loss(h, mean, log_std).mean()
-        metrics = {c.head: loss.detach()}
-        if c.aux_weight:   # ours, not the paper's: h also learns from a softmax over each of the K tokens
-            logits = self.aux(h[::c.aux_every]).view(-1, c.vocab_size).float()   # (P*K, V); fewer if V > 4096
-            aux = F.cross_entropy(logits, targets[::c.aux_every].flatten())
-            loss, metrics["aux"] = loss + c.aux_weight * aux, aux.detach()
-        return loss, {"loss": loss.detach(), **metrics}
-    def forward(self, tokens):   # what torch.compile and DistributedDataParallel call
+        """tokens (B, (T+1)*K) -> loss, metrics: chunk t+1 from h_t, at P = B*T positions."""
+        K = self.chunk_size
+        h = self.hidden(tokens[:, :-K]).flatten(0, 1)              # (P, D)
+        targets = tokens[:, K:].reshape(-1, K)                     # (P, K): the chunks to come
+        mean, log_std = self.autoencoder.encode(targets)           # (P, L) each: its posterior
+        loss = self.head.loss(h, mean.float(), log_std.float()).mean()
+        if self.config.aux_weight == 0:
+            return loss, {"loss": loss.detach(), self.config.head: loss.detach()}
+
+        aux = self.auxiliary_loss(h, targets)
+        total = loss + self.config.aux_weight * aux
+        return total, {"loss": total.detach(), self.config.head: loss.detach(),
+                       "aux": aux.detach()}
+
+    def forward(self, tokens):
+        """The loss: what torch.compile and DistributedDataParallel call."""
         return self.loss(tokens)
 
     def sample_chunks(self, h, n):
-        """n next chunks given h (..., D) -> tokens (n, ..., K). In slices, which keep memory bounded."""
-        at_once = max(1, 2 ** 14 * h.shape[-1] // h.numel())              # samples of each h: 2^14 vectors
-        z = torch.cat([self.head.sample(h, min(at_once, n - i)) for i in range(0, n, at_once)])
-        logits_at_once = 2 ** (27 if z.is_cuda else 23)   # on a CPU, what its cache holds
-        rows = logits_at_once // (self.chunk_size * self.config.vocab_size) or 1
-        tokens = [self.autoencoder.decode(part).argmax(-1) for part in z.flatten(0, -2).split(rows)]
+        """n next chunks given each h (..., D) -> tokens (n, ..., K).
+
+        Vectors are drawn, and logits are made, in slices, so that memory stays bounded.
+        """
+        positions = h.numel() // h.shape[-1]
+        at_once = max(1, 2**14 // positions)                       # of each h: 2^14 vectors in all
+        z = [self.head.sample(h, min(at_once, n - done)) for done in range(0, n, at_once)]
+        z = torch.cat(z)                                           # (n, ..., L)
+        logits_at_once = 2**27 if z.is_cuda else 2**23             # on a CPU, as its cache holds
+        rows = max(1, logits_at_once // (self.chunk_size * self.config.vocab_size))
+        tokens = [self.autoencoder.decode(part).argmax(-1)
+                  for part in z.flatten(0, -2).split(rows)]
         return torch.cat(tokens).view(*z.shape[:-1], self.chunk_size)
 
-    def draw(self, h, temperature=1.0, n=1, num_candidates=200, exact=None):
-        """n next chunks for each h (B, D) at a temperature (section 5) -> tokens (n, B, K). By Algorithm 2 on
-        num_candidates, or by a function `exact`, used as temperature_exact."""
-        if temperature == 1:
-            return self.sample_chunks(h, n)
-        rows = n * len(h)
-        def candidates(count):
-            return self.sample_chunks(h, count * n).view(count, rows, -1)
-        if exact:
-            return exact(candidates, rows, temperature)[0].view(n, len(h), -1)
-        return temperature_batch(candidates(num_candidates), temperature).view(n, len(h), -1)
+    def auxiliary_loss(self, h, targets):
+        """Ours, not the paper's, and in training only: h (P, D) also predicts each token of the
+        next chunk, targets (P, K), by a softmax -> mean cross-entropy in nats. For V > 4,096 only
+        at every aux_every-th position, which bounds the memory of the logits."""
+        logits = self.aux(h[::self.aux_every]).unflatten(-1, (self.chunk_size, -1)).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets[::self.aux_every].flatten())
+
 
 class AR(nn.Module):
     """The token-by-token baseline: the same Transformer between an embedding and a softmax."""
+
     def __init__(self, config):
         super().__init__()
-        self.config, self.chunk_size = config, 1
+        self.config = config
+        self.chunk_size = 1
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -516,124 +400,353 @@ class AR(nn.Module):
         return self.transformer(self.embed_tokens(tokens), cache)
 
     def loss(self, tokens):
-        """tokens (B, T+1): cross-entropy of token t+1 given those before, in nats -> scalar, metrics."""
+        """tokens (B, T+1) -> loss, metrics: cross-entropy of token t+1 from h_t, in nats."""
         logits = self.lm_head(self.hidden(tokens[:, :-1])).float()        # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return loss, {"loss": loss.detach()}
-    def forward(self, tokens):   # what torch.compile and DistributedDataParallel call
+
+    def forward(self, tokens):
+        """The loss: what torch.compile and DistributedDataParallel call."""
         return self.loss(tokens)
 
     def probabilities(self, h, temperature=1.0):
-        """Of the next token given h (..., D) -> (..., V), by softmax temperature."""
+        """Of the next token given h (..., D), at a softmax temperature -> (..., V)."""
         return (self.lm_head(h).float() / temperature).softmax(-1)
 
-    def draw(self, h, temperature=1.0, n=1, **unused):
-        """n next tokens for each h (B, D) -> tokens (n, B, 1). CALM's other arguments are unused."""
-        return torch.multinomial(self.probabilities(h, temperature), n, replacement=True).T[..., None]
+    def sample_chunks(self, h, n, temperature=1.0):
+        """n next tokens given each h (B, D), each a chunk of one -> tokens (n, B, 1)."""
+        p = self.probabilities(h, temperature)                     # (B, V)
+        return torch.multinomial(p, n, replacement=True).T[..., None]
 
-# --- Cost -----------------------------------------------------------------------------------------------
+
+# --- Two heads that take many steps (section 3.2, figure 8): a network of time carries noise to z 
+
+
+class AdaLNBlock(nn.Module):
+    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), all three made from the condition c."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(D, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 3 * D))
+
+    def forward(self, x, c):
+        shift, scale, gate = self.adaLN_modulation(c).chunk(3, dim=-1)
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+
+
+class TimeNet(nn.Module):
+    """(x_t, t, h) -> `out` numbers: the network of both heads, after MAR's (Li et al., 2024)."""
+
+    def __init__(self, config, out):
+        super().__init__()
+        self.config = config
+        D = config.n_embd
+        self.time_embed = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.cond_embed = nn.Linear(D, D)
+        self.input_proj = nn.Linear(config.latent_dim, D)
+        self.res_blocks = nn.ModuleList([AdaLNBlock(D) for _ in range(config.n_head_layer)])
+        self.final_layer = nn.ModuleDict({
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D)),
+            "linear": nn.Linear(D, out),
+        })
+        self.apply(init_weights)
+        # At first no block does anything, and the output is zero.
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or "final_layer" in name:
+                nn.init.zeros_(parameter)
+
+    def forward(self, x, t, h):
+        """x (..., L), t (...) from 0 to 999, h (..., D) -> (..., out), in float32."""
+        frequency = 10000.0 ** (-torch.arange(128, device=x.device) / 128)
+        angle = t[..., None] * frequency                           # (..., 128)
+        time = self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1))
+        c = time + self.cond_embed(h)                              # the condition (..., D)
+        x = self.input_proj(x)
+        for block in self.res_blocks:
+            x = block(x, c)
+        shift, scale = self.final_layer["adaLN_modulation"](c).chunk(2, dim=-1)
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return self.final_layer["linear"](x).float()
+
+
+class FlowHead(TimeNet):
+    """Flow matching: a velocity carries noise x_0 to z along the line x_t = (1 - t) x_0 + t z."""
+    paper_evals = 20
+
+    def __init__(self, config):
+        super().__init__(config, config.latent_dim)
+        if config.num_evals % 2 != 0:
+            raise ValueError(f"num_evals must be even, two a step, not {config.num_evals}")
+
+    def velocity(self, x, t, h):
+        """t from 0 to 1, which the network counts in whole thousandths, as the authors' does."""
+        return self(x, (1000 * t).floor(), h)
+
+    def loss(self, h, mean, log_std):
+        """Mean squared error of the velocity z - x_0 at N random times a position -> (P,)."""
+        z = posterior_samples(mean, log_std, self.config.num_samples)     # (N, P, L)
+        x_0 = torch.randn_like(z)
+        t = torch.rand(z.shape[:2], device=z.device)               # (N, P)
+        x_t = torch.lerp(x_0, z, t[..., None])
+        error = self.velocity(x_t, t, h) - (z - x_0)               # (N, P, L)
+        return error.square().mean(-1).mean(0)
+
+    def sample(self, h, n, noise=None):
+        """n samples given h (..., D) -> z (n, ..., L), by num_evals / 2 midpoint steps."""
+        shape = (n, *h.shape[:-1], self.config.latent_dim)
+        x = torch.randn(shape, device=h.device) if noise is None else noise
+        times = torch.linspace(0, 1, self.config.num_evals // 2 + 1, device=h.device)
+        for t, step in zip(times[:-1], times.diff()):
+            middle = x + step / 2 * self.velocity(x, t.expand(shape[:-1]), h)
+            x = x + step * self.velocity(middle, (t + step / 2).expand(shape[:-1]), h)
+        return x
+
+
+class DiffusionSchedule(nn.Module):
+    """The numbers of a chain of noising steps:
+
+        x_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) noise
+
+    alpha_bar (steps,) falls from about 1 to about 0. Each buffer has one number for each step.
+    """
+
+    def __init__(self, alpha_bar):
+        super().__init__()
+        alpha_bar_before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)       # alpha_bar_{t-1}
+        beta = 1 - alpha_bar / alpha_bar_before                    # variance of q(x_t | x_{t-1})
+
+        # q(x_{t-1} | x_t, z) is a Gaussian with the mean z_weight * z + x_weight * x_t.
+        z_weight = alpha_bar_before.sqrt() * beta / (1 - alpha_bar)
+        x_weight = (1 - beta).sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
+        posterior_variance = beta * (1 - alpha_bar_before) / (1 - alpha_bar)
+        # At t = 0 it is 0, which has no logarithm: the next one stands in for it.
+        posterior_variance[0] = posterior_variance[1] if len(beta) > 1 else beta[0]
+
+        self.keep("signal", alpha_bar.sqrt())
+        self.keep("noise", (1 - alpha_bar).sqrt())
+        self.keep("z_weight", z_weight)
+        self.keep("x_weight", x_weight)
+        self.keep("log_posterior_variance", posterior_variance.log())
+        self.keep("log_beta", beta.log())
+
+    def keep(self, name, numbers):
+        self.register_buffer(name, numbers.float(), persistent=False)
+
+    def predict_z(self, x_t, noise, t):
+        """The z from which x_t (..., L) came, if its noise (..., L) was this, at step t (...)."""
+        return (x_t - self.noise[t][..., None] * noise) / self.signal[t][..., None]
+
+    def posterior_mean(self, z, x_t, t):
+        """The mean of q(x_{t-1} | x_t, z): z and x_t (..., L), step t (...) -> (..., L)."""
+        return self.z_weight[t][..., None] * z + self.x_weight[t][..., None] * x_t
+
+    def log_variance(self, v, t):
+        """v (..., L) -> (..., L): the posterior's log-variance at v = -1, log beta at v = 1."""
+        low = self.log_posterior_variance[t][..., None]
+        high = self.log_beta[t][..., None]
+        return torch.lerp(low, high, (v + 1) / 2)
+
+
+class DiffusionHead(TimeNet):
+    """Diffusion: noise becomes z step by step, t = 999 .. 0. The network predicts the noise in
+    x_t and, between two bounds, the log-variance of a step back (Nichol and Dhariwal, 2021)."""
+    paper_evals = 100
+
+    def __init__(self, config):
+        super().__init__(config, 2 * config.latent_dim)
+        if config.num_evals > 1000:
+            raise ValueError(f"num_evals must be at most 1000, not {config.num_evals}")
+        # The cosine schedule: alpha_bar falls as cos^2, but no step has a beta above 0.999.
+        time = torch.arange(1001, dtype=torch.float64, device="cpu") / 1000
+        angle = (time + 0.008) / 1.008 * math.pi / 2
+        beta = (1 - angle[1:].cos() ** 2 / angle[:-1].cos() ** 2).clamp_max(0.999)
+        self.alpha_bar = (1 - beta).cumprod(0)                     # (1000,)
+        # Samples take num_evals of the 1000 steps, evenly spaced: a shorter chain of its own.
+        steps = torch.linspace(0, 999, config.num_evals, device="cpu").round().long()
+        self.sample_steps = steps.tolist()
+        self.train_schedule = DiffusionSchedule(self.alpha_bar)
+        self.sample_schedule = DiffusionSchedule(self.alpha_bar[steps])
+
+    def terms(self, z, noise, t, h):
+        """Both parts of the loss at times t (...), means over L -> (...), (...): the squared error
+        of the noise, and the bits of the step back, through which only the variance learns."""
+        schedule = self.train_schedule
+        x_t = schedule.signal[t][..., None] * z + schedule.noise[t][..., None] * noise
+        predicted, v = self(x_t, t, h).chunk(2, dim=-1)            # (..., L) each
+        squared_error = (noise - predicted).square().mean(-1)
+
+        # The step back: as the network makes it, and as it is in truth.
+        mean = schedule.posterior_mean(schedule.predict_z(x_t, predicted.detach(), t), x_t, t)
+        log_variance = schedule.log_variance(v, t)
+        true_mean = schedule.posterior_mean(z, x_t, t)
+        true_log_variance = schedule.log_posterior_variance[t][..., None]
+        kl = (log_variance - true_log_variance - 1 + (true_log_variance - log_variance).exp()
+              + (true_mean - mean) ** 2 / log_variance.exp()) / 2
+        # At t = 0 the step back ends at z: its negative log-likelihood.
+        nll = (math.log(2 * math.pi) + log_variance + (z - mean) ** 2 / log_variance.exp()) / 2
+        bits = torch.where((t == 0)[..., None], nll, kl).mean(-1) / math.log(2)
+        return squared_error, bits
+
+    def loss(self, h, mean, log_std):
+        """The sum of both terms at N random times a position -> (P,)."""
+        z = posterior_samples(mean, log_std, self.config.num_samples)     # (N, P, L)
+        t = torch.randint(1000, z.shape[:2], device=z.device)      # (N, P)
+        squared_error, bits = self.terms(z, torch.randn_like(z), t, h)
+        return (squared_error + bits).mean(0)
+
+    def sample(self, h, n, noise=None):
+        """n samples given h (..., D) -> z (n, ..., L), by num_evals steps back from noise."""
+        shape = (n, *h.shape[:-1], self.config.latent_dim)
+        x = torch.randn(shape, device=h.device) if noise is None else noise
+        schedule = self.sample_schedule
+        for i, step in reversed(list(enumerate(self.sample_steps))):
+            t = torch.full(shape[:-1], step, device=h.device)
+            predicted, v = self(x, t, h).chunk(2, dim=-1)
+            z = schedule.predict_z(x, predicted, i).clamp(-10, 10)    # divides by 5e-5 at first
+            x = schedule.posterior_mean(z, x, i)
+            if i > 0:
+                x = x + (schedule.log_variance(v, i) / 2).exp() * torch.randn_like(x)
+        return x
+
+
+HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
+
+
+# --- What everything costs -----------------------------------------------------------------
+
+
 def flops_per_token(config, autoencoder_config=None):
-    """FLOPs a token as the paper counts them (table 1), for any of the three configs; CALM's needs its
-    autoencoder's -> {"train": x, "inference": x}, and of CALM a forward pass of each part. Training is three
-    forward passes, with N samples of the head, and one of the encoder; in inference the decoder follows."""
-    c, K = config, getattr(config, "chunk_size", 1)
-    def count(function, *inputs):
-        with FlopCounterMode(display=False) as counter:
-            function(*inputs)
-        return counter.get_total_flops() / K
+    """FLOPs a token as the paper counts them (table 1).
 
-    with torch.device("meta"):   # shapes without memory
-        if isinstance(c, AutoencoderConfig):
-            model = Autoencoder(c).to("meta")
-            there = count(model.encode, torch.zeros(1, K).long())
-            back = count(model.decode, torch.zeros(1, c.latent_dim))
-            return {"train": 3 * (there + back), "inference": there + back, "encode": there, "decode": back}
-        text, h = torch.zeros(1, c.block_size * K).long(), torch.zeros(1, c.n_embd)   # a whole context, one h
-        if isinstance(c, ARConfig):
-            model = AR(c).to("meta")
-            forward = count(model.hidden, text) / c.block_size + count(model.lm_head, h)
-            return {"train": 3 * forward, "inference": forward}
-        fewest = HEADS[c.head].evals[0]   # evaluations
-        model = CALM(replace(c, num_evals=fewest), Autoencoder(autoencoder_config)).to("meta")
-        inputs, hidden = (count(part, text) / c.block_size for part in (model.inputs, model.hidden))
-        one, several = (count(model.head.sample, h, n) / fewest for n in (1, c.num_samples))
-        aux = count(model.aux, h) / c.aux_every if c.aux_weight else 0.0
-        ae = flops_per_token(autoencoder_config)
-    return {"train": 3 * (hidden + several + aux) + ae["encode"],
-            "inference": hidden + c.num_evals * one + ae["decode"], "encode": ae["encode"],
-            "inputs": inputs, "transformer": hidden - inputs, "samples": several, "aux": aux}
+    config: an AutoencoderConfig, an ARConfig, or a CALMConfig with the config of its autoencoder
+    -> {"train": x, "inference": x}; of CALM and the autoencoder also parts, each a forward pass.
 
-# --- Loading a run's checkpoint, or the authors' weights ------------------------------------------------
-def load_model(out_dir, kind, device="cpu", dtype=torch.float32, **changes):
-    """The "calm" or "ar" of a run -> model in eval mode, with its matrices in `dtype`, and its checkpoint.
-    changes: fields of CALMConfig in place of the run's."""
-    checkpoint = load_checkpoint(Path(out_dir) / f"{kind}.pt", kind)
-    if kind == "ar":
-        model = AR(ARConfig(**checkpoint["config"]))
-    else:
-        autoencoder = Autoencoder(AutoencoderConfig(**checkpoint["autoencoder_config"]))
-        model = CALM(CALMConfig(**checkpoint["config"] | changes), autoencoder)
-    model.load_state_dict(checkpoint["model"])
-    return cast_matrices(model.to(device).eval(), dtype), checkpoint
+    A multiply-add is two FLOPs. Every position attends to the whole context. Training costs three
+    forward passes. What a chunk of CALM costs is shared by its K tokens.
+    """
+    with torch.device("meta"):   # tensors of shapes without numbers: nothing is computed
+        if isinstance(config, AutoencoderConfig):
+            return autoencoder_flops(config)
+        if isinstance(config, ARConfig):
+            return ar_flops(config)
+        return calm_flops(config, autoencoder_config)
 
-def load_official(folder, device="cpu", dtype=torch.float32, **changes):
-    """A directory as the authors publish a model -> CALM in eval mode, with its matrices in `dtype`."""
-    sizes, autoencoder_sizes, state = read_official(Path(folder))
 
-    def tensors_that_fit(head):
-        expected = HEADS[head](CALMConfig(**sizes, head=head)).state_dict()
-        return sum(state.get(f"head.{name}", t[:0]).shape == t.shape for name, t in expected.items())
-    try:
-        with torch.device("meta"):   # no memory for weights that are replaced
-            config = CALMConfig(**sizes | changes, head=max(HEADS, key=tensors_that_fit))
-            model = cast_matrices(CALM(config, Autoencoder(AutoencoderConfig(**autoencoder_sizes))), dtype)
-        ours = model.state_dict()
-        model.load_state_dict({name: t.to(ours.get(name, t).dtype) for name, t in state.items()}, assign=True)
-    except (RuntimeError, ValueError) as error:   # load_state_dict names the tensors that do not fit
-        fail(f"{folder} is not a published CALM: {' '.join(str(error).split())[:500]}")
-    return model.to(device).eval()
+def count_flops(function, *inputs):
+    """FLOPs of function(*inputs)."""
+    with FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops()
 
-# --- Run it: one line of text through the forward half of a training step -------------------------------
+
+def autoencoder_flops(config):
+    K = config.chunk_size
+    model = Autoencoder(config)
+    encode = count_flops(model.encode, torch.zeros(1, K).long()) / K
+    decode = count_flops(model.decode, torch.zeros(1, config.latent_dim)) / K
+    return {"train": 3 * (encode + decode), "inference": encode + decode,
+            "encode": encode, "decode": decode}
+
+
+def ar_flops(config):
+    T = config.block_size
+    model = AR(config).to("meta")   # the rotary tables, too
+    hidden = count_flops(model.hidden, torch.zeros(1, T).long()) / T
+    logits = count_flops(model.lm_head, torch.zeros(1, config.n_embd))
+    return {"train": 3 * (hidden + logits), "inference": hidden + logits}
+
+
+def calm_flops(config, autoencoder_config):
+    K = config.chunk_size
+    tokens = torch.zeros(1, config.block_size * K).long()          # a whole context
+    h = torch.zeros(1, config.n_embd)                              # a hidden state
+    autoencoder = autoencoder_flops(autoencoder_config)
+    model = CALM(config, Autoencoder(autoencoder_config)).to("meta")
+
+    inputs = count_flops(model.inputs, tokens) / tokens.numel()
+    hidden = count_flops(model.hidden, tokens) / tokens.numel()    # inputs and Transformer
+    one_sample = count_flops(model.head.sample, h, 1) / K
+    # Training evaluates the network once for each of N samples, also where a sample takes many.
+    samples = count_flops(model.head.sample, h, config.num_samples) / config.num_evals / K
+    aux = count_flops(model.aux, h) / model.aux_every / K if config.aux_weight > 0 else 0.0
+
+    return {"train": 3 * (hidden + samples + aux) + autoencoder["encode"],
+            "inference": hidden + one_sample + autoencoder["decode"],
+            "inputs": inputs, "transformer": hidden - inputs, "samples": samples, "aux": aux,
+            "encode": autoencoder["encode"]}
+
+
+# --- Run it: one line of text through the forward half of a training step ------------------
+
 TEXT = b"def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"
-NANO = dict(n_embd=128, n_ff=344, n_layer=4, n_head=2, n_head_layer=1, block_size=128, latent_dim=32,
-            num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5)   # CALM's part of train.py's preset
 
-@script()
+
 @torch.no_grad()
-def main():
-    torch.manual_seed(0)
-    if Path(DEFAULT_RUN, "calm.pt").is_file():
-        model, checkpoint = load_model(DEFAULT_RUN, "calm")
-        tokenizer = load_tokenizer(checkpoint)
-    else:
-        print("random weights, whose samples are all zero: `python train.py` trains some\n")
-        autoencoder = Autoencoder(AutoencoderConfig(latent_dim=NANO["latent_dim"], n_embd=128, n_ff=64))
-        model, tokenizer = CALM(CALMConfig(**NANO), autoencoder).eval(), get_tokenizer("bytes")
-    c, K = model.config, model.chunk_size
-    text = encode(tokenizer, TEXT * K)[:(min(c.block_size, 18) + 1) * K]  # 19 chunks, if the context holds 18
-    chunks = torch.tensor([text]).unflatten(1, (-1, K))                   # (1, T+1, K)
-    x = model.inputs(chunks[:, :-1].flatten(1))                           # (1, T, D)
-    h = model.transformer(x)                                              # (1, T, D)
-    z = model.head.sample(h[0], c.num_samples)                            # (N, T, L)
-    mean, log_std = model.autoencoder.encode(chunks[0, 1:])               # (T, L) each
-    y = posterior_samples(mean, log_std, c.num_targets)                   # (M, T, L)
+def show_step(model, chunks):
+    """Print each thing that a training step on chunks (1, T+1, K) makes, and what it costs."""
+    c = model.config
+    x = model.inputs(chunks[:, :-1].flatten(1))                    # (1, T, D)
+    h = model.transformer(x)                                       # (1, T, D)
+    z = model.head.sample(h[0], c.num_samples)                     # (N, T, L)
+    mean, log_std = model.autoencoder.encode(chunks[0, 1:])        # (T, L) each
+    y = posterior_samples(mean, log_std, c.num_targets)            # (M, T, L)
+    score = energy_score(z, y, c.alpha)                            # (T,)
+
     flops = flops_per_token(c, model.autoencoder.config)
-    print(f"{'step':40}{'shape':16}{'paper':13}training FLOPs")
-    for step, value, paper, cost in (
-            (f"text in chunks of K = {K} tokens", chunks, "section 2", 0),
+    rows = [(f"text in chunks of K = {c.chunk_size} tokens", chunks, "section 2", 0),
             ("x: a vector for each, but the last", x, "section 3.3", 3 * flops["inputs"]),
             ("h: hidden states", h, "section 3.3", 3 * flops["transformer"]),
             ("z: N samples of each next vector", z, "section 3.2", 3 * flops["samples"]),
             ("mean, log_std: its posterior", mean, "section 2.2", flops["encode"]),
             ("y: M samples of the posterior", y, "equation 12", 0),
-            ("energy loss at each position", energy_score(z, y, c.alpha), "equation 12", 0),
-            ("auxiliary loss at each token of those", chunks[0, 1:], "ours", 3 * flops["aux"])):
+            ("energy loss at each position", score, "equation 12", 0)]
+    if c.aux_weight > 0:
+        rows.append(("auxiliary loss at each token", chunks[0, 1:], "ours", 3 * flops["aux"]))
+    print(f"{'step':40}{'shape':16}{'paper':13}training FLOPs")
+    for step, value, paper, cost in rows:
         share = f"{cost / flops['train']:6.1%}" if cost else ""
-        print(f"{step:40}{str(tuple(value.shape)):16}{paper:13}{share}")
-    print(", ".join(f"{name} {value:.3f}" for name, value in model.loss(chunks.flatten(1))[1].items()))
-    print(f"FLOPs a token: training {flops['train']:.3e}, inference {flops['inference']:.3e}\n")
-    drawn = [*model.draw(h[:, -1], n=6)[:, 0], chunks[0, -1]]
-    print("six draws of the last chunk, and it: ", *(repr(tokenizer.decode(c.tolist())) for c in drawn))
+        print(f"{step:40}{str(tuple(value.shape)):16}{paper:13}{share}".rstrip())
+
+    metrics = model.loss(chunks.flatten(1))[1]
+    print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    print(f"FLOPs a token: training {flops['train']:.3e}, inference {flops['inference']:.3e}")
+
+
+def main():
+    from pathlib import Path
+
+    from data.checkpoint import DEFAULT_RUN, load_tokenizer
+    from data.console import clean_end
+    from data.prepare import encode, get_tokenizer
+    from sample import load_model
+
+    with clean_end():
+        torch.manual_seed(0)
+        if Path(DEFAULT_RUN, "calm.pt").is_file():
+            model, checkpoint = load_model(DEFAULT_RUN, "calm")
+            tokenizer = load_tokenizer(checkpoint)
+        else:
+            print("random weights, whose samples are all zero: `python train.py` trains some\n")
+            sizes = dict(latent_dim=32, n_embd=128, n_ff=344)
+            model = CALM(CALMConfig(**sizes, n_layer=4, n_head=2, n_head_layer=1, block_size=128),
+                         Autoencoder(AutoencoderConfig(**sizes))).eval()
+            tokenizer = get_tokenizer("bytes")
+
+        K = model.chunk_size
+        T = min(model.config.block_size, 18)                       # chunks to read, before the last
+        text = encode(tokenizer, TEXT * K)[:(T + 1) * K]
+        chunks = torch.tensor(text).view(1, T + 1, K)
+        show_step(model, chunks)
+
+        with torch.no_grad():
+            h = model.hidden(chunks[:, :-1].flatten(1))[:, -1]     # (1, D)
+            draws = model.sample_chunks(h, 6)[:, 0]                # (6, K)
+        texts = [repr(tokenizer.decode(chunk.tolist())) for chunk in draws]
+        print(f"\nsix draws of the last chunk: {' '.join(texts)}\n"
+              f"the last chunk itself:       {tokenizer.decode(chunks[0, -1].tolist())!r}")
+
 
 if __name__ == "__main__":
     main()

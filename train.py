@@ -1,449 +1,667 @@
 """
-The one training loop: stage 1 the autoencoder, stage 2 CALM (or the token-by-token baseline).
+Training: stage 1 is the autoencoder, stage 2 is CALM (or AR, the token-by-token baseline, alone).
 
-    python train.py                                    # data, autoencoder, CALM, BrierLM, samples: all of it
+    python train.py                                    # data, both stages, BrierLM, text: all of it
+    python train.py --preset S --data mine             # the paper's smallest model, on your text
     torchrun --nproc_per_node 8 train.py --preset M    # several GPUs, one process each
 
-The noise of a micro-batch has a seed of its own: it stays the same when resumed, or on more processes.
+In this order: what is trained and how (presets), flags, Muon, one step, the loop, the whole road.
+
+Every batch and every noise is a function of the seed and the step. So a run that was stopped and
+resumed is the run that nobody stopped, and several processes make the same steps as one.
 """
-import atexit
 import inspect
 import math
-import os
 import re
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import eval_brier
-from autoencoder import Autoencoder, AutoencoderConfig, check, check_numbers
-from calm import AR, CALM, HEADS, NANO, ARConfig, CALMConfig, flops_per_token
-from data.checkpoint import (autocast, cast_matrices, load_checkpoint, open_checkpoint, rewind_log,
-                             save_checkpoint, saved_settings, select_device, select_dtype, write_log)
-from data.prepare import Parser, fail, load_data, script, within
-from sample import continue_text
+from autoencoder import Autoencoder, AutoencoderConfig
+from calm import AR, CALM, HEADS, ARConfig, CALMConfig, flops_per_token
+from data.checkpoint import (append_log, check_fits, load_checkpoint, rewind_log, save_checkpoint,
+                             saved_settings)
+from data.console import Parser, clean_end, fail, within
+from data.machine import Machine, select_device, select_dtype
+from data.prepare import load_data
+from sample import cast_matrices, continue_text
 
 STAGES = ("autoencoder", "calm", "ar")
+
+
+# --- What is trained, and how --------------------------------------------------------------
+
 
 @dataclass
 class TrainConfig:
     """How a stage is trained. The defaults are the paper's (section 6) for CALM."""
-    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: of the inner matrices; AdamW has the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for inner matrices; AdamW has the rest
     lr: float = 3e-4           # peak learning rate of AdamW
     muon_lr: float = 0.01      # peak learning rate of Muon
     weight_decay: float = 0.1  # of matrices; vectors have none
     grad_clip: float = 1.0     # largest norm of the gradient
-    warmup_steps: int = 2000   # steps of linear warm-up
+    warmup_steps: int = 2000   # steps over which the rate rises to its peak
     decay_frac: float = 0.0    # share of the steps, at the end, over which the rate falls to 0
     max_steps: int = 250_000   # optimizer steps
     batch_size: int = 8        # sequences of block_size chunks in a micro-batch
-    grad_accum: int = 32       # micro-batches a step, shared among the processes (at least one each)
+    grad_accum: int = 32       # micro-batches a step, shared among processes (at least one each)
 
     def __post_init__(self):
-        check_numbers(self)
-        check(self.grad_clip > 0, f"grad_clip must be above 0, not {self.grad_clip}: 1e9 clips nothing")
-        check(self.decay_frac <= 1, f"decay_frac must be at most 1, not {self.decay_frac}")
+        if self.grad_clip == 0:
+            raise ValueError("grad_clip must be above 0, not 0: 1e9 clips nothing")
+        if self.decay_frac > 1:
+            raise ValueError(f"decay_frac must be at most 1, not {self.decay_frac}")
 
-# Any flag given wins. latent_dim and block_size are for chunks of 4: they follow another --chunk_size.
-PAPER = dict(latent_dim=128, n_head=16, block_size=2048, ae_warmup_steps=1000, ae_max_steps=30_000,
-             ae_batch_size=2)
-SMALL = dict(NANO, optimizer="muon", lr=2e-2, warmup_steps=50, decay_frac=0.8, grad_accum=1,   # see calm.py
-             ae_n_embd=128, ae_n_ff=64, ae_optimizer="muon", ae_lr=6e-3, ae_warmup_steps=50,
-             ae_decay_frac=0.8, ae_batch_size=8, ae_grad_accum=1)
+
+# The paper's recipe, for models of four sizes.
+PAPER = dict(latent_dim=128, n_head=16, block_size=2048,
+             ae_warmup_steps=1000, ae_max_steps=30_000, ae_batch_size=2)
+
+# Ours, for minutes in place of weeks. data/RESULTS.md has what each difference is worth.
+SMALL = dict(latent_dim=32, n_head_layer=1,
+             num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5,
+             optimizer="muon", lr=2e-2, warmup_steps=50, decay_frac=0.8, grad_accum=1,
+             ae_n_embd=128, ae_n_ff=64,
+             ae_optimizer="muon", ae_lr=6e-3, ae_warmup_steps=50, ae_decay_frac=0.8,
+             ae_batch_size=8, ae_grad_accum=1)
+
+# A preset is a set of defaults for the flags. Its latent_dim and block_size are for chunks of four.
 PRESETS = {
-    "nano": dict(SMALL, batch_size=4, max_steps=5000, ae_max_steps=350),
-    "mini": dict(SMALL, data="site-packages", n_layer=8, n_embd=768, n_head=12, n_ff=2048, n_head_layer=2,
-                 block_size=256, batch_size=16, grad_accum=2, lr=3e-3, max_steps=9600, ae_max_steps=2000),
-    "S": dict(PAPER, n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
-    "M": dict(PAPER, n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
-    "L": dict(PAPER, n_layer=16, n_embd=1536, n_ff=4096, n_head_layer=4),
-    "XL": dict(PAPER, n_layer=16, n_embd=2560, n_ff=6880, n_head_layer=4),
+    # Two cores of a laptop, in ten minutes.
+    "nano": SMALL | dict(n_layer=4, n_embd=128, n_head=2, n_ff=344, block_size=128,
+                         batch_size=4, max_steps=5000, ae_max_steps=350),
+    # One GPU, in ten minutes.
+    "mini": SMALL | dict(data="site-packages",
+                         n_layer=8, n_embd=768, n_head=12, n_ff=2048, n_head_layer=2,
+                         block_size=256, batch_size=16, grad_accum=2, lr=3e-3,
+                         max_steps=9600, ae_max_steps=2000),
+    "S": PAPER | dict(n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
+    "M": PAPER | dict(n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
+    "L": PAPER | dict(n_layer=16, n_embd=1536, n_ff=4096, n_head_layer=4),
+    "XL": PAPER | dict(n_layer=16, n_embd=2560, n_ff=6880, n_head_layer=4),
 }
 
-# --- Settings: every field of a config is a flag --------------------------------------------------------
-SHARED = {"vocab_size", "chunk_size", "latent_dim"}   # the autoencoder has CALM's
-PREFIXED = {"n_embd", "n_ff", "n_layer", *(f.name for f in fields(TrainConfig))}   # --ae_n_embd, ...
+
+# --- The flags: one for every field of a config --------------------------------------------
+
+# The autoencoder's flags begin with --ae_ where CALM has a field of the same name; but in these
+# three both must agree, and they have one flag.
+SHARED = {"vocab_size", "chunk_size", "latent_dim"}
+PREFIXED = {"n_embd", "n_ff", "n_layer", *(field.name for field in fields(TrainConfig))}
+
 
 def flag(name, stage):
+    """The flag of a config's field, without its dashes."""
     return f"ae_{name}" if stage == "autoencoder" and name in PREFIXED else name
 
-# A resumed run takes no flag in OWN from its checkpoint. Of all others it obeys what is given; but another
-# value of one in FIXED is an error: the models are what they were, and so are the optimizers.
-OWN = {"resume", "out_dir", "device", "model"}
-FIXED = {"preset", "optimizer", "ae_optimizer", *(flag(f.name, stage) for config, stage in (
-    (CALMConfig, "calm"), (AutoencoderConfig, "autoencoder")) for f in fields(config))}
 
-def add_flags(group, config, stage="calm", skip=()):
-    """A flag for every field of a config class, with the comment beside the field as its help."""
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.MULTILINE))
-    for f in (f for f in fields(config) if f.name not in skip):
-        choices = list(HEADS) if f.name == "head" else get_args(f.type)   # get_args: of a Literal, else none
-        group.add_argument(f"--{flag(f.name, stage)}", type=str if choices else f.type,
-                           choices=choices or None, default=f.default, help=comments[f.name])
+# What a resumed run does not take from its checkpoint.
+OWN = {"resume", "out_dir", "device", "model"}
+# What it cannot change, for its weights and its optimizers are what they are.
+FIXED = {"preset", "optimizer", "ae_optimizer"}
+FIXED |= {flag(field.name, "calm") for field in fields(CALMConfig)}
+FIXED |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)}
+
+
 def config_of(config, args, stage, **given):
-    """A config from the flags of its fields, or from what is given in their place."""
-    values = {f.name: getattr(args, flag(f.name, stage), f.default) for f in fields(config)}
+    """An instance of a config class, from the flags of its fields and what is given beside them."""
+    values = {field.name: getattr(args, flag(field.name, stage), field.default)
+              for field in fields(config)}
     return config(**values | given)
 
-def parse_args(argv):
-    parser = Parser(usage="python train.py [flags]", description="Train CALM, its autoencoder, or AR.")
-    run = parser.add_argument_group("run").add_argument
-    run("--model", default="calm", choices=STAGES, help="what to train; calm trains its autoencoder first")
-    run("--preset", default="auto", choices=["auto", *PRESETS], help="auto: mini on CUDA, else nano")
-    run("--data", default="stdlib", help="data set under data/; a known one is prepared; mini: site-packages")
-    run("--out_dir", help="the run's folder; None: out/<data name>")
-    run("--resume", action="store_true", help="go on from the checkpoint in out_dir, with its settings")
-    run("--flops", type=within(1, 1e30, float), help="as many steps as cost this, the autoencoder included")
-    run("--match_flops", metavar="RUN", help="--flops of what RUN's calm.pt and its autoencoder cost")
-    run("--seed", type=within(0, (1 << 20) - 1), default=0, help="of weights, batches and noise")
-    run("--device", default="auto", help="auto, cuda, mps or cpu")
-    run("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="matrix products")
-    run("--compile", default="auto", choices=("auto", "on", "off"), help="torch.compile; auto: on CUDA")
-    run("--log_interval", type=within(1), default=10, help="steps between lines of log.jsonl")
-    run("--eval_interval", type=within(1), default=500, help="steps between evaluations and checkpoints")
-    sizes = parser.add_argument_group("model (AR has the same text as context, block_size * K tokens)")
-    add_flags(sizes, CALMConfig, skip={"vocab_size"})
-    add_flags(parser.add_argument_group("training"), TrainConfig)
-    stage1 = parser.add_argument_group("autoencoder")
-    add_flags(stage1, AutoencoderConfig, "autoencoder", skip=SHARED)
-    add_flags(stage1, TrainConfig, "autoencoder")
 
-    # Parsed twice: first for the preset (or the run to resume), then with its settings as the defaults.
-    early = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
-    auto = "mini" if select_device(early.device).type == "cuda" else "nano"
-    defaults, K = PRESETS[auto if early.preset == "auto" else early.preset], max(early.chunk_size, 1)
-    parser.set_defaults(**defaults | {"latent_dim": defaults["latent_dim"] * K // 4,
-                                      "block_size": defaults["block_size"] * 4 // K})
-    if early.model == "ar" and early.match_flops and early.preset == "auto":   # with CALM's settings, too
-        parser.set_defaults(**saved_settings(Path(early.match_flops), ["calm"], OWN))
+def add_config_flags(group, config, stage="calm", skip=()):
+    """A flag for every field of a config class; its help is the comment beside the field."""
+    comments = re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.MULTILINE)
+    comments = dict(comments)
+    for field in fields(config):
+        if field.name in skip:
+            continue
+        how = {"default": field.default, "help": comments[field.name]}
+        if field.name == "head":
+            how["choices"] = list(HEADS)
+        elif field.type is int:
+            how["type"] = within(min(field.default, 1), 2**31 - 1)   # 0 only if it is the default
+        elif field.type is float:
+            how["type"] = within(0, 2**31 - 1, float)
+        else:
+            how["choices"] = get_args(field.type)   # of a Literal
+        group.add_argument(f"--{flag(field.name, stage)}", **how)
+
+
+def make_parser():
+    parser = Parser(usage="python train.py [flags]",
+                    description="Train CALM, its autoencoder, or AR.")
+    add = parser.add_argument_group("run").add_argument
+    add("--model", default="calm", choices=STAGES,
+        help="what to train; calm trains its autoencoder first")
+    add("--preset", default="auto", choices=["auto", *PRESETS],
+        help="auto: mini on CUDA, else nano")
+    add("--data", default="stdlib",
+        help="data set under data/; a known one is prepared; mini: site-packages")
+    add("--out_dir", help="the run's folder; None: out/<data name>")
+    add("--resume", action="store_true",
+        help="go on from the checkpoint in out_dir, with its settings")
+    add("--flops", type=within(1, 1e30, float),
+        help="as many steps as cost this, the autoencoder included")
+    add("--match_flops", metavar="RUN",
+        help="--flops of what RUN's calm.pt and its autoencoder cost")
+    add("--seed", type=within(0, (1 << 20) - 1), default=0, help="of weights, batches and noise")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="precision of matrix products")
+    add("--compile", default="auto", choices=("auto", "on", "off"),
+        help="torch.compile; auto: on CUDA")
+    add("--log_interval", type=within(1), default=10, help="steps between lines of log.jsonl")
+    add("--eval_interval", type=within(1), default=500,
+        help="steps between evaluations, with a checkpoint each")
+
+    group = parser.add_argument_group("model (AR has the same text as context)")
+    add_config_flags(group, CALMConfig, skip={"vocab_size"})
+    add_config_flags(parser.add_argument_group("training"), TrainConfig)
+    group = parser.add_argument_group("autoencoder")
+    add_config_flags(group, AutoencoderConfig, "autoencoder", skip=SHARED)
+    add_config_flags(group, TrainConfig, "autoencoder")
+    return parser
+
+
+def parse_args(argv):
+    """The settings of a run -> argparse.Namespace.
+
+    A given flag wins over the settings of the run that is resumed, they win over those of the run
+    that is matched, they over the preset, and the preset over the defaults of the configs.
+    """
+    parser = make_parser()
+    given = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
+    parser.set_defaults(**preset_settings(given))
+    if given.model == "ar" and given.match_flops and given.preset == "auto":
+        parser.set_defaults(**settings_of(Path(given.match_flops), ["calm"]))
     args = parser.parse_args(argv)
-    out_dir = Path(args.out_dir or Path("out") / Path(args.data).absolute().name)
+
+    args.out_dir = Path(args.out_dir or Path("out") / Path(args.data).absolute().name)
     if args.resume:
-        stages = ("calm", "autoencoder") if args.model == "calm" else (args.model,)
-        saved = saved_settings(out_dir, stages, OWN)
+        out_dir = args.out_dir
+        kinds = ["calm", "autoencoder"] if args.model == "calm" else [args.model]
+        saved = settings_of(out_dir, kinds)
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
+        args.out_dir = out_dir
         for name in FIXED:
-            if (asked := getattr(args, name)) != saved[name]:
-                fail(f"{out_dir} has {name} {saved[name]}, this run asks for {asked}: drop the flag")
-    args.out_dir = out_dir
+            asked = getattr(args, name)
+            if asked != saved[name]:
+                fail(f"{out_dir} has {name} {saved[name]}, this run asks for {asked}: "
+                     "drop the flag")
+
+    if (given.flops or given.match_flops) and args.model == "autoencoder":
+        fail("--flops, --match_flops set the length of a CALM or AR run: drop it, "
+             "or --model autoencoder")
     args.context = args.block_size * args.chunk_size   # in tokens
-    if (early.flops or early.match_flops) and args.model == "autoencoder":
-        fail("--flops, --match_flops set the length of a CALM or AR run: drop it, or --model autoencoder")
-    for config, stage in ((TrainConfig, "autoencoder"), (AutoencoderConfig, "autoencoder"),
-                          (TrainConfig, "calm"), (CALMConfig, "calm"), (ARConfig, "ar")):
-        try:
-            config_of(config, args, stage)   # wrong sizes are found now, not after the autoencoder is trained
-        except ValueError as error:
-            name, what = str(error).split(maxsplit=1)
-            fail(f"--{flag(name, stage)} {what}")
-    args.stride = eval_brier.ngram_stride(args.chunk_size)   # of BrierLM; AR is scored where CALM is
-    if args.context < args.stride + max(4, args.chunk_size) and args.model != "autoencoder":
-        fail(f"--block_size {args.block_size} is too short a context for BrierLM: take a longer one")
+    args.stride = eval_brier.ngram_stride(args.chunk_size)   # AR is scored where CALM is
+    check_settings(args)
     return args
 
-# --- One process of a run: alone, or one of torchrun's --------------------------------------------------
-class World:
-    """Who we are among the processes, and where we compute."""
-    def __init__(self, args):
-        self.device = select_device(args.device)
-        if self.device.type == "cuda":
-            self.device = select_device(f"cuda:{os.environ.get('LOCAL_RANK', self.device.index or 0)}")
-            torch.cuda.set_device(self.device)
-        try:
-            self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-            check(0 <= self.rank < self.size, f"RANK {self.rank} of {self.size}")
-            if self.size > 1:
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                        timeout=timedelta(days=1))   # the others wait while one prepares data
-                atexit.register(dist.destroy_process_group)
-        except (ValueError, RuntimeError) as error:
-            fail(f"{' '.join(str(error).split())[:150]}: torchrun sets WORLD_SIZE and RANK, else unset them")
-        self.main = self.rank == 0
-        self.dtype = select_dtype(args.dtype, self.device)
-        self.compile = args.compile == "on" or args.compile == "auto" and self.device.type == "cuda"
-        self.interrupted = self.training = False
-        try:   # torch.compile needs a C++ compiler, on CUDA Triton and a card that it knows
-            if self.compile:
-                torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.device))
-        except Exception as error:   # whatever is missing
-            self.compile = False
-            self.say(f"not compiled: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
-    def listen(self):
-        """From now on Ctrl-C and its like end the loop after its step; a second Ctrl-C ends it at once."""
-        def stop(number, _):
-            if not self.training or self.interrupted and number == signal.SIGINT:
-                raise SystemExit(130)
-            self.interrupted = True
-        self.training = True
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):   # SIGHUP: the terminal closed; nohup ignores it
-            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-                signal.signal(getattr(signal, name), stop)
-    def say(self, text):
-        if self.main:
-            self.show(tqdm.write, text)   # above the bar
-    def show(self, write, *args):
-        """Where nobody reads any more, a closed pipe or terminal, the run ends after its step, and saves."""
-        try:
-            write(*args)
-            sys.stdout.flush()   # tqdm does not: a pipe would see each line only at the end
-        except OSError:
-            self.interrupted = True
-    def mean(self, value):
-        """The mean over the processes of a number on each -> float."""
-        value = torch.as_tensor(float(value), device=self.device)
-        if self.size > 1:
-            dist.all_reduce(value)
-        return value.item() / self.size
 
-# --- Optimizers, schedule, one step ---------------------------------------------------------------------
+def preset_settings(given):
+    """The settings of the preset that is asked for. Sizes that follow from the chunk's do so."""
+    preset = given.preset
+    if preset == "auto":
+        preset = "mini" if select_device(given.device).type == "cuda" else "nano"
+    settings = dict(PRESETS[preset])
+    settings["latent_dim"] = settings["latent_dim"] * given.chunk_size // 4
+    settings["block_size"] = settings["block_size"] * 4 // given.chunk_size   # as much text
+    return settings
+
+
+def settings_of(out_dir, kinds):
+    """The settings of an earlier run, but for those that each run has of its own."""
+    settings = saved_settings(out_dir, kinds)
+    return {name: value for name, value in settings.items() if name not in OWN}
+
+
+def check_settings(args):
+    """Fail if anything does not fit: now, and not after the autoencoder has been trained."""
+    for stage in STAGES:
+        try:
+            config_of(TrainConfig, args, stage)
+            with torch.device("meta"):   # a model without memory
+                make_model(stage, args)
+        except ValueError as error:   # whose text begins with the name of a field
+            name, what = str(error).split(maxsplit=1)
+            fail(f"--{flag(name, stage)} {what}")
+    if args.context < args.stride + max(4, args.chunk_size) and args.model != "autoencoder":
+        fail(f"--block_size {args.block_size} is too short a context for BrierLM: "
+             "take a longer one")
+
+
+def make_model(stage, args, autoencoder=None):
+    """The model of a stage, with its first weights. autoencoder: CALM's; None: an untrained one."""
+    if stage == "autoencoder":
+        return Autoencoder(config_of(AutoencoderConfig, args, stage))
+    if stage == "calm":
+        autoencoder = autoencoder or make_model("autoencoder", args)
+        return CALM(config_of(CALMConfig, args, stage), autoencoder)
+    return AR(config_of(ARConfig, args, stage, block_size=args.context))
+
+
+# --- Optimizers ----------------------------------------------------------------------------
+
+
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024), for matrices: their momentum, made orthogonal. torch.optim.Muon does so in
-    bfloat16, seconds a step on a processor that has none; here, whatever --dtype, where bfloat16 is fast."""
+    """Muon (Jordan et al., 2024), for matrices: a step along their momentum, made orthogonal.
+
+    torch.optim.Muon computes in bfloat16, which takes seconds a step on a processor that has none.
+    This one does so only where bfloat16 is fast.
+    """
+
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            same_shape = {}
+            same_shape = {}   # matrices of one shape are updated together
             for p in group["params"]:
                 same_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), matrices in same_shape.items():
-                g = torch.stack([p.grad for p in matrices])               # (n, rows, columns)
-                state = self.state[matrices[0]]                           # of all n together
-                if not state:
-                    state["average"] = torch.zeros_like(g)
-                average = state["average"].lerp_(g, 1 - group["momentum"])
-                step_size = group["lr"] * max(1, rows / columns) ** 0.5
-                updates = step_size * orthogonal(g.lerp(average, group["momentum"]))   # Nesterov's
-                for p, update in zip(matrices, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
+            for matrices in same_shape.values():
+                self.update(matrices, group)
+
+    def update(self, matrices, group):
+        """A step of n matrices of one shape."""
+        gradient = torch.stack([p.grad for p in matrices])         # (n, rows, columns)
+        state = self.state[matrices[0]]                            # that of all n together
+        if not state:
+            state["average"] = torch.zeros_like(gradient)
+        average = state["average"].lerp_(gradient, 1 - group["momentum"])
+        nesterov = gradient.lerp(average, group["momentum"])
+        rows, columns = matrices[0].shape
+        step_size = group["lr"] * max(1, rows / columns) ** 0.5
+        updates = step_size * orthogonal(nesterov)
+        for p, update in zip(matrices, updates):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
+
 
 def orthogonal(g):
-    """Matrices g = U S V^T (n, rows, columns) -> about U V^T: five Newton-Schulz steps, each of which takes
-    every singular value s to a s + b s^3 + c s^5: from (0, 1] to about 1, where s is not tiny."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Matrices g = U S V^T (n, rows, columns) -> about U V^T, by five Newton-Schulz steps.
+
+    Each step takes every singular value s to a s + b s^3 + c s^5. Five take what lies in (0, 1],
+    unless it is tiny, to about 1.
+    """
+    a = 3.4445                                                     # Jordan's numbers
+    b = -4.7750
+    c = 2.0315
     fast = select_dtype("auto", g.device)
     x = g.to(torch.float32 if fast == torch.float16 else fast)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)              # so that no s is above 1
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)       # so that no s is above 1
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     for _ in range(5):
-        square = x @ x.mT                                                 # the smaller of the two
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        square = x @ x.mT                                          # the smaller of the two products
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x.mT if tall else x).type_as(g)
 
-NOT_MUON = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")   # matrices whose rows are tokens
+
+# Matrices whose rows are tokens are left to AdamW.
+TOKEN_MATRICES = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")
+
+
 def make_optimizers(model, config):
-    """AdamW with weight decay on matrices only; with optimizer "muon", Muon for the inner matrices."""
-    matrices = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2}
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim != 2]
-    of_muon = [name for name in matrices if config.optimizer == "muon" and not name.startswith(NOT_MUON)]
-    inner = [matrices.pop(name) for name in of_muon]
-    groups = [dict(params=list(matrices.values())), dict(params=vectors, weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, 0.95), 1e-8, config.weight_decay, fused=True)]
-    if inner:
-        optimizers.append(Muon(inner, config.muon_lr, config.weight_decay))
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["peak_lr"] = group["lr"]
+    """AdamW; and, if config.optimizer says so, Muon for all matrices but TOKEN_MATRICES -> list."""
+    vectors = []       # norms and biases: AdamW, without weight decay
+    matrices = []      # AdamW
+    of_muon = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:   # the frozen autoencoder
+            continue
+        if p.ndim != 2:
+            vectors.append(p)
+        elif config.optimizer == "muon" and not name.startswith(TOKEN_MATRICES):
+            of_muon.append(p)
+        else:
+            matrices.append(p)
+    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, 0.95), 1e-8, config.weight_decay,
+                                    fused=True)]
+    if of_muon:
+        optimizers.append(Muon(of_muon, config.muon_lr, config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
     return optimizers
-def lr_factor(step, config):
-    """Of step 1 .. max_steps: linear warm-up, constant, linear to 0 over the last decay_frac of the run."""
+
+
+def set_rates(optimizers, step, config):
+    """The schedule of the learning rates: a linear warm-up, constant, then linear to 0."""
+    factor = min(1.0, step / config.warmup_steps)
     decay_steps = config.decay_frac * config.max_steps
-    decay = (config.max_steps + 1 - step) / decay_steps if decay_steps else 1.0
-    return min(1.0, step / config.warmup_steps, decay)
-def micro_batches(data, seed, world, stage, step, count, batch_size, length):
-    """This process's `count` micro-batches of a step, tokens (batch_size, length), each with its own seed."""
+    if decay_steps > 0:
+        factor = min(factor, (config.max_steps + 1 - step) / decay_steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+
+
+# --- One step ------------------------------------------------------------------------------
+
+
+def micro_batches(data, seed, machine, stage, step, count, batch_size, length):
+    """This process's `count` micro-batches of a step -> tokens (batch_size, length), one by one.
+
+    Each begins with a seed of its own, so that the noise that the model draws for it is the same
+    on any number of processes.
+    """
     number = STAGES.index(stage)
-    offsets = data.random_offsets("train", world.size * count * batch_size, length, (seed, number, step))
-    for micro in range(world.rank, world.size * count, world.size):
+    total = machine.size * count
+    offsets = data.random_offsets("train", total * batch_size, length, (seed, number, step))
+    for micro in range(machine.rank, total, machine.size):
         torch.manual_seed((seed << 40) + (number << 38) + (step << 12) + micro)
         own = offsets[micro * batch_size:(micro + 1) * batch_size]
-        yield data.batch("train", own, length).to(world.device)
+        yield data.batch("train", own, length).to(machine.device)
 
-def train_step(compute, batches, count, optimizers, scaler, grad_clip, world):
-    """One optimizer step over `count` micro-batches -> their mean loss, the norm of its gradient."""
+
+def train_step(compute, batches, count, optimizers, scaler, grad_clip, machine):
+    """One optimizer step over `count` micro-batches -> their mean loss, the norm of its gradient.
+
+    compute: the model, perhaps compiled, perhaps one of several processes.
+    """
     mean_loss = 0.0
     for micro, tokens in enumerate(batches, 1):
-        compute.require_backward_grad_sync = micro == count   # processes average their gradients once a step
-        with autocast(world.device, world.dtype):
+        compute.require_backward_grad_sync = micro == count   # processes average once a step
+        with machine.autocast():
             loss, _ = compute(tokens)
         scaler.scale(loss / count).backward()
         mean_loss = mean_loss + loss.detach() / count
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(compute.parameters(), grad_clip)
-    if norm.isfinite():   # one decision for all optimizers, before a weight is not a number
+    if norm.isfinite():   # asked once for all optimizers, before any of them moves a weight
         for optimizer in optimizers:
             optimizer.step()
     compute.zero_grad()
     scaler.update()       # float16: a smaller scale after a norm that was not finite
     return mean_loss, norm
+
+
 @torch.no_grad()
-def validate(stage, model, args, data, world, length, brier_windows):
-    """Metrics on fixed validation windows with fixed noise: the loss and its parts, and BrierLM."""
-    model.eval()
-    tokens = data.batch("val", data.even_offsets("val", 16, length), length).to(world.device)
-    torch.manual_seed(0)   # every training batch seeds anew
-    with autocast(world.device, world.dtype):
-        metrics = {f"val_{name}": value.item() for name, value in model.loss(tokens)[1].items()}
-    if stage != "autoencoder" and brier_windows:
-        result = eval_brier.evaluate(model, data, world.device, world.dtype, brier_windows, args.stride)
-        metrics |= {name: result[name] for name in ("brierlm", "stderr")}
-    model.train()
+def validate(stage, brier_windows):
+    """Loss and BrierLM on fixed validation windows with fixed noise -> dict of metrics."""
+    machine = stage.machine
+    stage.model.eval()
+    offsets = stage.data.even_offsets("val", 16, stage.window)
+    tokens = stage.data.batch("val", offsets, stage.window).to(machine.device)
+    torch.manual_seed(0)   # it disturbs nothing: every training batch begins with its own seed
+    with machine.autocast():
+        _, metrics = stage.model.loss(tokens)
+    metrics = {f"val_{name}": value.item() for name, value in metrics.items()}
+    if stage.name != "autoencoder" and brier_windows > 0:
+        result = eval_brier.evaluate(stage.model, stage.data, machine.device, machine.dtype,
+                                     brier_windows, stage.args.stride)
+        metrics["brierlm"] = result["brierlm"]
+        metrics["stderr"] = result["stderr"]
+    stage.model.train()
     return metrics
 
-# --- The loop -------------------------------------------------------------------------------------------
-def train(stage, model, args, data, world, token_flops, earlier_flops=0.0, total=None, **extra):
-    """Train `model` to max_steps, or for total FLOPs, on from its checkpoint if there is one -> FLOPs. Both
-    FLOPs include those of the stage before. extra: what else belongs in the checkpoint."""
-    path, config = args.out_dir / f"{stage}.pt", config_of(TrainConfig, args, stage)
-    checkpoint = open_checkpoint(path, stage, model, data, args.resume, wanted=stage == args.model)
-    if checkpoint and checkpoint["done"] and stage != args.model:
-        world.say(f"{stage}: {path} is finished, and used as it is")
-        return checkpoint["flops"]
-    if not checkpoint and (args.out_dir / f"{args.model}.pt").exists():
-        fail(f"{path}, which {args.model}.pt was trained with, is gone: put it back")
-    first, seen = (checkpoint["step"] + 1, checkpoint["tokens"]) if checkpoint else (1, 0)   # seen: tokens
-    count = math.ceil(config.grad_accum / world.size)                     # micro-batches of each process
-    length = args.context + {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[stage]   # with the targets
-    tokens_per_step = world.size * count * config.batch_size * args.context
-    if total:
-        spent = earlier_flops + token_flops * seen
-        left = (total - spent) / (token_flops * tokens_per_step)   # in steps
-        if left < (-0.5 if checkpoint else 0):   # a finished run may be half a step over
-            fail(f"{spent:.2e} of {total:.2e} FLOPs are spent: raise --flops, or lower --ae_max_steps")
-        args.max_steps = config.max_steps = first - 1 + (round(left) or int(not checkpoint))
-    if first - 1 > config.max_steps:
-        fail(f"{path} is at step {first - 1:,}: --{flag('max_steps', stage)} must be at least that")
-    model.to(world.device).train()
-    optimizers = make_optimizers(model, config)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    if checkpoint and checkpoint["scaler"]:   # empty, unless that was float16
-        scaler.load_state_dict(checkpoint["scaler"])
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"] if checkpoint else []):
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})   # rates: this call's
-    compute = torch.compile(model) if world.compile else model
-    if world.size > 1:
+
+# --- A stage, and its loop -----------------------------------------------------------------
+
+
+class Stage:
+    """A stage of training: a model, its optimizers, how far it has come, where that is kept."""
+
+    def __init__(self, name, model, args, data, machine, token_flops, flops_before=0.0, **extra):
+        """token_flops: what training on a token costs; flops_before: what the stages before this
+        one have cost; extra: what else belongs in the checkpoint."""
+        self.name = name
+        self.args = args
+        self.data = data
+        self.machine = machine
+        self.extra = extra
+        self.path = args.out_dir / f"{name}.pt"
+        self.log = args.out_dir / "log.jsonl"
+        self.config = config_of(TrainConfig, args, name)
+
+        self.model = model.to(machine.device).train()
+        self.optimizers = make_optimizers(model, self.config)
+        self.scaler = torch.amp.GradScaler(machine.device.type,
+                                           enabled=machine.dtype == torch.float16)
+
+        targets = {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[name]
+        self.window = args.context + targets                       # tokens in a training window
+        self.count = math.ceil(self.config.grad_accum / machine.size)   # micro-batches a process
+        self.tokens_per_step = machine.size * self.count * self.config.batch_size * args.context
+        self.token_flops = token_flops
+        self.flops_before = flops_before
+        self.done = False
+        self.first_step = 1
+        self.tokens_before = 0                                     # read before first_step
+        if self.path.exists():
+            self.resume()
+        elif (args.out_dir / f"{args.model}.pt").exists():
+            fail(f"{self.path}, which {args.model}.pt was trained with, is gone: put it back")
+
+    def resume(self):
+        """Go on from this stage's checkpoint. It is an error if nobody asked for that, but for a
+        finished autoencoder, which CALM is trained on."""
+        checkpoint = load_checkpoint(self.path, self.name)
+        check_fits(checkpoint, self.path, self.model.config, self.data)
+        self.done = checkpoint["done"]
+        asked_for = self.name == self.args.model
+        if not self.args.resume and (asked_for or not self.done):
+            state = "already trained" if self.done else "unfinished"
+            fail(f"{self.path} is {state} (step {checkpoint['step']:,}): add --resume to go on, "
+                 "or use another --out_dir")
+        self.done = self.done and not asked_for                    # which may get more steps
+
+        self.model.load_state_dict(checkpoint["model"])
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizers"]):
+            settings = optimizer.state_dict()                      # rates, as this call's flags say
+            optimizer.load_state_dict(settings | {"state": saved["state"]})
+        if checkpoint["scaler"]:                                   # empty, unless it was float16
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.first_step = checkpoint["step"] + 1
+        self.tokens_before = checkpoint["tokens"]
+
+    def set_budget(self, total):
+        """Set max_steps so that the FLOPs of all stages come as close to `total` as they can."""
+        spent = self.flops_at(self.first_step - 1)
+        steps = (total - spent) / (self.token_flops * self.tokens_per_step)
+        resumed = self.first_step > 1
+        least = -0.5 if resumed else 0   # a run that is at its end may be half a step over
+        if steps < least:
+            fail(f"{spent:.2e} of {total:.2e} FLOPs are spent: raise --flops, "
+                 "or lower --ae_max_steps")
+        steps = round(steps)
+        if steps == 0 and not resumed:
+            steps = 1
+        self.config.max_steps = self.first_step - 1 + steps
+        self.args.max_steps = self.config.max_steps                # which a resumed run asks for
+
+    def tokens_at(self, step):
+        """Tokens that this stage has read after `step`."""
+        return self.tokens_before + self.tokens_per_step * (step - self.first_step + 1)
+
+    def flops_at(self, step):
+        """Training FLOPs after `step`, those of the stages before included."""
+        return self.flops_before + self.token_flops * self.tokens_at(step)
+
+    def report(self, bar, step, loss, seconds, metrics):
+        """Show how far it is, on the terminal and in the log. seconds: in training so far."""
+        tokens = self.tokens_at(step)
+        if metrics:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            self.machine.say(f"{self.name} step {step}: loss {loss:.4g}, {shown}")
+        self.machine.show(bar.set_postfix,
+                          {"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}"})
+        if self.machine.is_first:
+            append_log(self.log, {
+                "stage": self.name, "chunk_size": self.args.chunk_size, "step": step, "loss": loss,
+                "tokens": tokens, "seconds": round(seconds, 2),
+                "lr": self.optimizers[0].param_groups[0]["lr"], "flops": self.flops_at(step),
+                **metrics})
+
+    def save(self, step):
+        """Write the checkpoint; the first process does."""
+        if not self.machine.is_first:
+            return
+        settings = {name: value for name, value in vars(self.args).items() if name not in OWN}
+        save_checkpoint(self.path, {
+            "kind": self.name, "config": asdict(self.model.config),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(), "random": {"seed": self.args.seed, "step": step},
+            "step": step, "done": step >= self.config.max_steps, "tokens": self.tokens_at(step),
+            "flops": self.flops_at(step), "settings": settings, "data": self.data.meta,
+            **self.extra})
+
+    def describe(self):
+        """The line that a stage begins with."""
+        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        steps = self.config.max_steps
+        flops = self.token_flops * self.tokens_per_step * steps
+        machine = self.machine
+        return (f"{self.name}: {parameters:,} parameters, {steps:,} steps of "
+                f"{self.tokens_per_step:,} tokens, {flops:.2e} FLOPs, on {machine.size} x "
+                f"{machine.device.type} in {machine.dtype}"
+                f"{', compiled' if machine.compiles else ''}")
+
+
+def train(stage):
+    """Train a stage to its last step -> training FLOPs, those of the stages before included."""
+    args = stage.args
+    config = stage.config
+    machine = stage.machine
+    if stage.done:
+        machine.say(f"{stage.name}: {stage.path} is finished, and used as it is")
+        return stage.flops_at(stage.first_step - 1)
+    if stage.first_step - 1 > config.max_steps:
+        fail(f"{stage.path} is at step {stage.first_step - 1:,}: "
+             f"--{flag('max_steps', stage.name)} must be at least that")
+    machine.say(stage.describe())
+    compute = torch.compile(stage.model) if machine.compiles else stage.model
+    if machine.size > 1:
         compute = DistributedDataParallel(compute)
+    earlier = rewind_log(stage.log, stage.name, stage.first_step - 1) if machine.is_first else 0.0
+    started = time.time() - earlier
+    bar = tqdm(total=config.max_steps, initial=stage.first_step - 1, desc=stage.name, unit="step",
+               disable=not machine.is_first)
+    machine.listen()
 
-    def tokens_at(step):
-        return seen + tokens_per_step * (step - first + 1)
-    def flops_at(step):
-        return earlier_flops + token_flops * tokens_at(step)
-    def save(step):
-        settings = {name: value for name, value in vars(args).items() if name not in OWN}
-        save_checkpoint(path, {
-            "kind": stage, "config": asdict(model.config), "model": model.state_dict(), "step": step,
-            "done": step >= config.max_steps, "optimizers": [o.state_dict() for o in optimizers],
-            "scaler": scaler.state_dict(), "random": {"seed": args.seed, "step": step}, "settings": settings,
-            "data": data.meta, "tokens": tokens_at(step), "flops": flops_at(step), **extra})
-
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    world.say(f"{stage}: {size:,} parameters, {config.max_steps:,} steps of {tokens_per_step:,} tokens, "
-              f"{token_flops * tokens_per_step * config.max_steps:.2e} FLOPs, on "
-              f"{world.size} x {world.device.type} in {world.dtype}{', compiled' if world.compile else ''}")
-    log = args.out_dir / "log.jsonl"
-    started = time.time() - (rewind_log(log, stage, first - 1) if world.main else 0.0)   # without evaluations
-    bar = tqdm(total=config.max_steps, initial=first - 1, desc=stage, unit="step", disable=not world.main)
-    world.listen()
-    for step in range(first, config.max_steps + 1):
-        factor = lr_factor(step, config)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = factor * group["peak_lr"]
-        batches = micro_batches(data, args.seed, world, stage, step, count, config.batch_size, length)
-        loss, norm = train_step(compute, batches, count, optimizers, scaler, config.grad_clip, world)
-        world.show(bar.update)
+    for step in range(stage.first_step, config.max_steps + 1):
+        set_rates(stage.optimizers, step, config)
+        batches = micro_batches(stage.data, args.seed, machine, stage.name, step, stage.count,
+                                config.batch_size, stage.window)
+        loss, norm = train_step(compute, batches, stage.count, stage.optimizers, stage.scaler,
+                                config.grad_clip, machine)
+        machine.show(bar.update)
 
         last = step == config.max_steps
         evaluating = last or step % args.eval_interval == 0
-        logging = evaluating or step == 1 or step % args.log_interval == 0
-        stopping = world.mean(world.interrupted) > 0   # all of the processes, or none
-        bad = not norm.isfinite() and scaler.get_scale() <= 1   # float16 tries smaller scales first
-        if not (logging or stopping or bad):
+        stopping = machine.any_interrupted()
+        broken = not norm.isfinite() and stage.scaler.get_scale() <= 1   # float16 lowers it first
+        if not (evaluating or stopping or broken or step == 1 or step % args.log_interval == 0):
             continue
-        loss = world.mean(loss)
-        if bad or not math.isfinite(loss):
-            world.show(bar.close)
-            fail(f"the loss of {stage} is {loss}, its gradient's norm {norm}, at step {step}: lower --"
-                 f"{flag('lr', stage)} or --{flag('muon_lr', stage)}; {path} holds an earlier step, if any")
-        seconds, metrics = time.time() - started, {}
-        if evaluating:
-            metrics = validate(stage, model, args, data, world, length, brier_windows=0 if last else 32)
-            started = time.time() - seconds
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            world.say(f"{stage} step {step}: loss {loss:.4g}, {shown}")
-        world.show(bar.set_postfix, {"loss": f"{loss:.3f}", "tok/s": f"{tokens_at(step) / seconds:,.0f}"})
-        if world.main:
-            write_log(log, "a", {"stage": stage, "step": step, "loss": loss, "tokens": tokens_at(step),
-                                 "seconds": round(seconds, 2), "lr": factor * config.lr,
-                                 "flops": flops_at(step), **metrics})
-            if stopping or evaluating:
-                save(step)
-        if stopping:
-            world.say(f"interrupted at step {step}, saved to {path}. Go on with: python train.py --resume "
-                      f"--model {args.model} --data {args.data} --out_dir {args.out_dir}")
-            raise SystemExit(130)
-    world.show(bar.close)
-    world.training = False   # all is saved
-    if world.mean(world.interrupted) > 0:   # during the last step's evaluation
-        raise SystemExit(130)
-    return flops_at(config.max_steps)
+        loss = machine.mean(loss)
+        if broken or not math.isfinite(loss):
+            machine.show(bar.close)
+            fail(f"the loss of {stage.name} is {loss}, its gradient's norm {norm}, at step {step}: "
+                 f"lower --{flag('lr', stage.name)} or --{flag('muon_lr', stage.name)}; "
+                 f"{stage.path} holds an earlier step, if any")
 
-# --- The whole road: autoencoder, then CALM or AR, then BrierLM and text --------------------------------
-def finish(model, args, data, world, flops, inference_flops):
+        seconds = time.time() - started   # in training
+        metrics = {}
+        if evaluating:
+            metrics = validate(stage, brier_windows=0 if last else 32)   # at the end: see finish
+            started = time.time() - seconds
+        stage.report(bar, step, loss, seconds, metrics)
+        if evaluating or stopping:
+            stage.save(step)
+        if stopping:
+            machine.say(f"interrupted at step {step}, saved to {stage.path}. Go on with: "
+                        f"python train.py --resume --model {args.model} --data {args.data} "
+                        f"--out_dir {args.out_dir}")
+            raise SystemExit(130)
+
+    machine.show(bar.close)
+    machine.listening = False   # all is saved
+    if machine.any_interrupted():   # during the last evaluation
+        raise SystemExit(130)
+    return stage.flops_at(config.max_steps)
+
+
+# --- The whole road: autoencoder, then CALM or AR, then BrierLM and text -------------------
+
+
+def train_all(args):
+    machine = Machine(args.device, args.dtype, args.compile)
+    data = open_data(args, machine)
+    total_flops = args.flops
+    if args.match_flops:
+        total_flops = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
+    flops = 0.0
+    autoencoder = None
+    extra = {}
+
+    if args.model != "ar":   # stage 1
+        torch.manual_seed(args.seed)
+        autoencoder = make_model("autoencoder", args)
+        cost = flops_per_token(autoencoder.config)
+        flops = train(Stage("autoencoder", autoencoder, args, data, machine, cost["train"]))
+        extra = {"autoencoder_config": asdict(autoencoder.config)}
+    if args.model == "autoencoder":
+        return
+
+    torch.manual_seed(args.seed)   # stage 2, or the baseline
+    model = make_model(args.model, args, autoencoder)
+    cost = flops_per_token(model.config, autoencoder.config if autoencoder else None)
+    stage = Stage(args.model, model, args, data, machine, cost["train"], flops, **extra)
+    if total_flops:
+        stage.set_budget(total_flops)
+    flops = train(stage)
+    if machine.is_first:
+        finish(cast_matrices(model.eval(), machine.dtype), args, data, machine, flops,
+               cost["inference"])
+    machine.barrier()   # gloo may abort a process that leaves before the others
+
+
+def open_data(args, machine):
+    """The data set of --data, prepared first if it is a known one -> TokenData."""
+    if machine.is_first:
+        load_data(args.data)
+    machine.barrier()
+    data = load_data(args.data)
+    args.vocab_size = data.meta["vocab_size"]
+    args.data = data.meta["name"]
+    for split in ("train", "val"):
+        data.check_length(split, args.context + args.chunk_size)
+    return data
+
+
+def finish(model, args, data, machine, flops, inference_flops):
     """BrierLM, a held-out text continued, and what to run next."""
-    result = eval_brier.evaluate(model, data, world.device, world.dtype, stride=args.stride, progress=True)
+    result = eval_brier.evaluate(model, data, machine.device, machine.dtype, stride=args.stride,
+                                 progress=True)
     print("\n" + eval_brier.describe(result))
-    write_log(args.out_dir / "log.jsonl", "a", {"stage": args.model, "step": args.max_steps, "seconds": 0.0,
-              "flops": flops, "inference_flops": inference_flops, "final": True, **result})
-    continue_text(model, data, world.device, world.dtype, args.seed)
-    print(f"Next:\n  python sample.py --out_dir {args.out_dir} --model {args.model} --temperature 0.5")
+    append_log(args.out_dir / "log.jsonl", {
+        "stage": args.model, "chunk_size": args.chunk_size, "step": args.max_steps, "seconds": 0.0,
+        "flops": flops, "inference_flops": inference_flops, "final": True, **result})
+    continue_text(model, data, machine.device, machine.dtype, args.seed)
+    print(f"Next:\n  python sample.py --out_dir {args.out_dir} --model {args.model} "
+          "--temperature 0.5")
     if args.model == "calm":   # the baseline at equal cost
         print(f"  python train.py --model ar --match_flops {args.out_dir} --out_dir {args.out_dir}")
 
-@script("lower --batch_size (in stage 1 --ae_batch_size) and raise --grad_accum as much")
+
 def main():
-    args = parse_args(sys.argv[1:])
-    world = World(args)
-    if world.main:
-        load_data(args.data)   # prepares it, if it is a known one
-    world.mean(0)              # the others wait
-    data = load_data(args.data)
-    args.vocab_size, args.data = data.meta["vocab_size"], data.meta["name"]
-    data.check("train", args.context + args.chunk_size), data.check("val", args.context + args.chunk_size)
-    flops, total, extra = 0.0, args.flops, {}
-    if args.match_flops:
-        total = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
-    torch.manual_seed(args.seed)
-    if args.model != "ar":   # stage 1
-        autoencoder = Autoencoder(config_of(AutoencoderConfig, args, "autoencoder"))
-        cost = flops_per_token(autoencoder.config)   # of a token
-        flops = train("autoencoder", autoencoder, args, data, world, cost["train"])
-    if args.model == "autoencoder":
-        return
-    torch.manual_seed(args.seed)
-    if args.model == "calm":   # stage 2
-        model = CALM(config_of(CALMConfig, args, "calm"), autoencoder)
-        cost = flops_per_token(model.config, autoencoder.config)
-        extra = {"autoencoder_config": asdict(autoencoder.config)}
-    else:
-        model = AR(config_of(ARConfig, args, "ar", block_size=args.context))
-        cost = flops_per_token(model.config)
-    flops = train(args.model, model, args, data, world, cost["train"], flops, total, **extra)
-    if world.main:
-        finish(cast_matrices(model.eval(), world.dtype), args, data, world, flops, cost["inference"])
-    world.mean(0)   # the others wait: gloo may abort a process that leaves before
+    with clean_end("lower --batch_size (in stage 1 --ae_batch_size), raise --grad_accum as much"):
+        train_all(parse_args(sys.argv[1:]))
+
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,75 @@
+"""
+What the command lines share: flags, one-line errors, and a clean end whatever happens.
+Nothing here is needed to understand CALM.
+"""
+import argparse
+import os
+import re
+import signal
+import sys
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+def fail(message):
+    """End the program over a mistake of the user's: one line on stderr, exit code 2."""
+    tqdm.write(f"error: {message}", file=sys.stderr)   # print would tear a progress bar
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that shows every default, and whose errors are one line."""
+
+    def __init__(self, **kwargs):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        fail(f"{message}; `python {self.prog} --help` lists the flags")
+
+
+def within(low, high=float("inf"), kind=int):
+    """The type of a flag that takes a number (of this kind) in [low, high]."""
+
+    def number(text):
+        value = kind(text)
+        if low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
+
+    return number
+
+
+@contextmanager
+def clean_end(when_memory_is_full="use less data"):
+    """Around all that a script does: Ctrl-C, a closed pipe, a full disk or a full memory end it
+    without a traceback. when_memory_is_full: advice for that case, such as a flag to lower."""
+    reopen_closed_streams()
+    sys.stdout.reconfigure(errors="replace")   # "?" for a character that the terminal cannot show
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # temporary files are removed
+    try:
+        yield
+        sys.stdout.flush()
+    except (KeyboardInterrupt, BrokenPipeError):   # also `| head`, which has read enough
+        raise SystemExit(130)
+    except OSError as error:
+        fail(f"could not write or read: {error}")
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        of_memory = re.search("out of memory|allocate|overflow", str(error))
+        if isinstance(error, RuntimeError) and not of_memory:
+            raise
+        what = str(error).splitlines()[0].split(". ")[0] if str(error) else "out of memory"
+        fail(f"{what}: {when_memory_is_full}")
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:   # nobody reads any more: Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def reopen_closed_streams():
+    """Give a program whose stdin, stdout or stderr was closed by its caller an empty one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
