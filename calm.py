@@ -18,7 +18,7 @@ width hs. tokens (B, T*K), chunks (B, T, K), h (B, T, D), z (..., L). Layers hav
 the authors' checkpoints.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -59,7 +59,7 @@ class CALMConfig:
             raise ValueError(f"num_samples must be at least 2, for pairs, not {self.num_samples}")
         if not 0 < self.alpha < 2:
             raise ValueError(f"alpha must be in (0, 2) for a proper score, not {self.alpha}")
-        self.num_evals = self.num_evals or HEADS[self.head].paper_evals
+        self.num_evals = self.num_evals or HEADS[self.head].default_evals
 
 
 @dataclass
@@ -225,7 +225,7 @@ class FinalLayer(nn.Module):
 
 class EnergyHead(nn.Module):
     """Draws z_{t+1} given h_t. Like every head it has two verbs: a loss and a sample."""
-    paper_evals = 1     # network evaluations a sample
+    default_evals = 1     # network evaluations a sample
 
     def __init__(self, config):
         super().__init__()
@@ -473,7 +473,7 @@ class TimeNet(nn.Module):
 
 class FlowHead(TimeNet):
     """Flow matching: a velocity carries noise x_0 to z along the line x_t = (1 - t) x_0 + t z."""
-    paper_evals = 20
+    default_evals = 20
 
     def __init__(self, config):
         super().__init__(config, config.latent_dim)
@@ -552,7 +552,7 @@ class DiffusionSchedule(nn.Module):
 class DiffusionHead(TimeNet):
     """Diffusion: noise becomes z step by step, t = 999 .. 0. The network predicts the noise in
     x_t and, between two bounds, the log-variance of a step back (Nichol and Dhariwal, 2021)."""
-    paper_evals = 100
+    default_evals = 100
 
     def __init__(self, config):
         super().__init__(config, 2 * config.latent_dim)
@@ -663,17 +663,18 @@ def calm_flops(config, autoencoder_config):
     tokens = torch.zeros(1, config.block_size * K).long()          # a whole context
     h = torch.zeros(1, config.n_embd)                              # a hidden state
     autoencoder = autoencoder_flops(autoencoder_config)
-    model = CALM(config, Autoencoder(autoencoder_config)).to("meta")
+    evals = min(config.num_evals, 2)                               # each costs the same: two tell
+    model = CALM(replace(config, num_evals=evals), Autoencoder(autoencoder_config)).to("meta")
 
     inputs = count_flops(model.inputs, tokens) / tokens.numel()
     hidden = count_flops(model.hidden, tokens) / tokens.numel()    # inputs and Transformer
-    one_sample = count_flops(model.head.sample, h, 1) / K
-    # Training evaluates the network once for each of N samples, also where a sample takes many.
-    samples = count_flops(model.head.sample, h, config.num_samples) / config.num_evals / K
+    # An evaluation of the head's network, for one sample, and for the N of training.
+    one = count_flops(model.head.sample, h, 1) / evals / K
+    samples = count_flops(model.head.sample, h, config.num_samples) / evals / K
     aux = count_flops(model.aux, h) / model.aux_every / K if config.aux_weight > 0 else 0.0
 
     return {"train": 3 * (hidden + samples + aux) + autoencoder["encode"],
-            "inference": hidden + one_sample + autoencoder["decode"],
+            "inference": hidden + config.num_evals * one + autoencoder["decode"],
             "inputs": inputs, "transformer": hidden - inputs, "samples": samples, "aux": aux,
             "encode": autoencoder["encode"]}
 

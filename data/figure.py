@@ -122,11 +122,12 @@ def draw(series, x_label):
         svg += [segment(LEFT, y, RIGHT, y, "#e4e4e4"), text(LEFT - 8, y + 5, f"{tick:g}", "end")]
     for tick in log_ticks(x_low, x_high):
         x = place(tick, 0)[0]
-        label = f"{tick:.0e}".replace("e+", "e")
+        digit, exponent = f"{tick:.0e}".split("e")
+        label = f"{digit}e{int(exponent)}"
         svg += [segment(x, top, x, BOTTOM, "#e4e4e4"), text(x, BOTTOM + 20, label, "middle")]
     svg += [segment(LEFT, top, LEFT, BOTTOM, "black"),
             segment(LEFT, BOTTOM, RIGHT, BOTTOM, "black"),
-            text(LEFT, top - 12, "BrierLM", "middle"),
+            text(8, top - 14, "BrierLM"),
             text((LEFT + RIGHT) / 2, BOTTOM + 44, x_label, "middle")]
 
     corners = [[place(point.x, point.score) for point in line.points] for line in series]
@@ -156,7 +157,13 @@ def legend_above(series):
 
 def point_labels(series, corners):
     """K beside each point of a line that mixes several, where there is room -> SVG elements."""
-    taken = [(x - 6, y - 6, x + 6, y + 6) for line in corners for x, y in line]
+    taken = []   # boxes that are full: along the lines, and labels
+    for line in corners:
+        for (x, y), (next_x, next_y) in zip(line, line[1:] + line[-1:]):
+            for i in range(20):
+                px = x + (next_x - x) * i / 20
+                py = y + (next_y - y) * i / 20
+                taken.append((px - 6, py - 6, px + 6, py + 6))
     svg = []
     for i, line in enumerate(series):
         if len({point.name for point in line.points}) == 1:
@@ -164,13 +171,11 @@ def point_labels(series, corners):
         for point, (x, y) in zip(line.points, corners[i]):
             label = point.name.removeprefix("CALM ")
             half = 0.3 * FONT * len(label)
-            right = (x + 10 + half, y)
-            left = (x - 10 - half, y)
-            above = (x, y - 17)
-            below = (x, y + 17)
-            for cx, cy in (right, above, below, left):
-                box = (cx - half, cy - 9, cx + half, cy + 9)
-                if LEFT < box[0] and box[2] < WIDTH and not any(overlap(box, b) for b in taken):
+            places = [(x + 6 + half, y + 16), (x - 6 - half, y - 16), (x, y + 18), (x, y - 18),
+                      (x + 12 + half, y), (x - 12 - half, y)]
+            for cx, cy in places:
+                box = (cx - half, cy - 8, cx + half, cy + 8)
+                if LEFT < box[0] and box[2] < RIGHT and not any(overlap(box, b) for b in taken):
                     break
             taken.append(box)
             svg.append(text(cx, cy + 5, label, "middle", color(i)))
@@ -197,7 +202,7 @@ def log_ticks(low, high):
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [m * 10.0 ** power for power in powers for m in (1, 2, 5)]
     ticks = [tick for tick in ticks if low <= tick <= high]
-    if len(ticks) > 10:
+    if len(ticks) > 14:
         ticks = [tick for tick in ticks if round(math.log10(tick), 9).is_integer()]
     return ticks
 

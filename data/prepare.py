@@ -20,7 +20,6 @@ import sys
 import sysconfig
 import urllib.request
 import zipfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -310,7 +309,8 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
         meta["checksum"] = checksum(meta)
         Path(temporary, "meta.json").write_text(json.dumps(meta, indent=2))
         folder.mkdir(exist_ok=True)
-        move_together(Path(temporary), folder)
+        for file in FILES:
+            Path(temporary, file).replace(folder / file)
     print(f"{folder}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
           f"{meta['val_tokens']:,} validation tokens")
     return folder
@@ -399,16 +399,6 @@ def fingerprint(path):
 def checksum(meta):
     """A hash of the contents of a meta.json."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def move_together(temporary, folder):
-    """Move FILES into a folder. Only one process at a time does, so that they belong together."""
-    with open(__file__) as lock:   # this source file serves as the lock
-        with suppress(ImportError, OSError):   # Windows and some network disks have no locks
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for file in FILES:
-            (temporary / file).replace(folder / file)
 
 
 # --- Reading back --------------------------------------------------------------------------
