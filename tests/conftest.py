@@ -1,4 +1,4 @@
-"""What the tests share: running a script's main() in this process, and a small data set."""
+"""What the tests share: running a script in this process, and small data sets and runs."""
 import io
 import signal
 import sys
@@ -7,24 +7,26 @@ from types import SimpleNamespace
 import pytest
 
 import data.prepare
+import eval_brier
+import train
+from helpers import FOXES, SHORT
 
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes long; runs with -m slow only")
-
-
-def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.option.markexpr:
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="runs with -m slow"))
+@pytest.fixture(autouse=True)
+def own_signals():
+    """What a script does with signals ends with the test."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    for number, handler in zip(SIGNALS, before):
+        signal.signal(number, handler)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(module, "--flag", value, ..., stdin=b"") -> exit code, stdout, stderr of that script."""
+    """run(module, "--flag", value, ..., stdin=b"") -> its exit code, stdout, stderr."""
+
     def run(module, *argv, stdin=b""):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
@@ -32,13 +34,12 @@ def run(monkeypatch, capsys):
         code = 0
         try:
             module.main()
-        except SystemExit as exit:
-            code = exit.code
+        except SystemExit as end:
+            code = end.code
         captured = capsys.readouterr()
         return SimpleNamespace(code=code, out=captured.out, err=captured.err)
-    yield run
-    for number, handler in HANDLERS.items():   # which train.py takes for itself
-        signal.signal(number, handler)
+
+    return run
 
 
 @pytest.fixture
@@ -52,8 +53,43 @@ def data_dir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def foxes(data_dir, tmp_path):
-    """A prepared data set named `foxes`: one sentence over and over."""
+    """A prepared data set: one sentence over and over -> its name."""
     text = tmp_path / "foxes.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 800)
+    text.write_text(FOXES)
     data.prepare.prepare([text], out_root=data_dir)
     return "foxes"
+
+
+@pytest.fixture
+def fit(run, foxes, monkeypatch):
+    """fit(out_dir, "--flag", value, ..., code=0): a short run of train.py on foxes, which ends with
+    that exit code. Its last evaluation is short, too."""
+    evaluate = eval_brier.evaluate
+
+    def evaluate_little(model, data, device, dtype, windows=16, *args, **kwargs):
+        return evaluate(model, data, device, dtype, min(windows, 16), *args, **kwargs)
+
+    def fit(out_dir, *flags, code=0):
+        resumed = [] if "--resume" in flags else SHORT
+        result = run(train, "--data", foxes, "--out_dir", out_dir, *resumed, *flags)
+        assert result.code == code, result.err
+        return result
+
+    monkeypatch.setattr(eval_brier, "evaluate", evaluate_little)
+    return fit
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with a data set, foxes4, and a run of both models on it, out/. Only to be read."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "foxes.txt"
+    text.write_text(FOXES)
+    data.prepare.prepare([text], "foxes4", out_root=folder)
+    for model, steps in (("calm", 40), ("ar", 15)):
+        flags = [*SHORT, "--ae_max_steps", steps, "--max_steps", steps, "--model", model,
+                 "--data", folder / "foxes4", "--out_dir", folder / "out"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+            train.main()
+    return folder

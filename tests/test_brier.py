@@ -1,0 +1,176 @@
+"""BrierLM: its estimates, what eval_brier.py prints, and figures of runs.
+
+Statistical claims are tested five standard errors wide.
+"""
+import itertools
+import json
+import math
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+import eval_brier
+from data.figure import linear_ticks, log_ticks, read_series
+from eval_brier import brier_ngram, brierlm, distinct, score_by_rollout
+from helpers import V, last_line, tiny_ar, tiny_calm
+from sample import generate
+
+
+def assert_unbiased(found, exact, floor=0.0):
+    """The mean of found (P,) is `exact`, within five standard errors."""
+    error = found.std() / len(found) ** 0.5
+    assert abs(found.mean() - exact) < 5 * error + floor
+
+
+@pytest.mark.parametrize("S", [2, 8])
+def test_brier_ngram_is_unbiased(S):
+    torch.manual_seed(0)
+    P = 100_000
+    ways = torch.tensor(list(itertools.product(range(2), repeat=4)))   # 16 chunks of two tokens
+    p = torch.rand(16).double().softmax(0)
+    y = torch.tensor([0, 1, 1, 0])
+    samples = ways[torch.multinomial(p, S * P, replacement=True)].view(S, P, 4)
+    found = brier_ngram(samples, y.expand(P, 4)).double()          # (P, 4)
+    for n in range(1, 5):
+        begins_as_y = (ways[:, :n] == y[:n]).all(1)
+        number = (ways[:, :n] * 2 ** torch.arange(n)).sum(1)       # of each way's first n tokens
+        law = torch.zeros(2 ** n).double().index_add_(0, number, p)
+        assert_unbiased(found[:, n - 1], 2 * p[begins_as_y].sum() - (law ** 2).sum())
+
+
+@torch.no_grad()
+def test_ar_rollout_gives_the_exact_brier_scores():
+    torch.manual_seed(0)
+    model = tiny_ar(vocab_size=3)
+    window = torch.randint(3, (1, 8))
+    hit, same = score_by_rollout(model, window.expand(4000, -1), stride=4, S=2)[:, :, 0].double()
+    found = 2 * hit - same                                         # of n-grams from token 4 on
+    ways = torch.tensor(list(itertools.product(range(3), repeat=4)))   # all texts of four tokens
+    texts = torch.cat([window[:, :4].expand(81, -1), ways], dim=1)
+    p = model.lm_head(model.hidden(texts[:, :-1])).softmax(-1)[:, 3:]     # (81, 4, V)
+    p = p.gather(-1, ways[..., None])[..., 0].cumprod(-1).double()        # (81, 4): of n tokens
+    for n in range(1, 5):
+        prefix = (ways[:, :n] * 3 ** torch.arange(n)).sum(1)
+        law = {key: p[prefix == key][0, n - 1] for key in prefix.unique().tolist()}
+        y = (window[0, 4:4 + n] * 3 ** torch.arange(n)).sum().item()
+        exact = 2 * law[y] - sum(value ** 2 for value in law.values())
+        assert_unbiased(found[:, n - 1], exact, floor=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("K, S", [(1, 2), (2, 4), (3, 4)])
+def test_calm_rollout_agrees_with_pairs_of_whole_texts(K, S):
+    rows = 20_000
+    model = tiny_calm(K)
+    start = 2 * K
+    length = K * math.ceil(4 / K)
+    window = torch.randint(V, (1, start + length)).expand(rows, -1)
+    pair = torch.stack([generate(model, window[:, :start], length)[:, start:] for _ in range(2)])
+    direct = brier_ngram(pair, window[:, start:]).double()
+    hit, same = score_by_rollout(model, window, stride=start, S=S)[:, :, 0].double()
+    found = 2 * hit - same
+    error = (direct.var(0) / rows + found.var(0) / rows).sqrt()
+    assert ((direct.mean(0) - found.mean(0)).abs() < 5 * error + 1e-3).all()
+    equal = pair[0, :, 0].eq(pair[1, :, 0]).double().mean()
+    assert 0.05 < equal < 0.95   # else the claim would say little
+
+
+def test_brierlm_is_the_geometric_mean_and_zero_below_zero():
+    product = 0.4 * 0.2 * 0.1 * 0.05
+    assert brierlm(np.array([0.4, 0.2, 0.1, 0.05])) == pytest.approx(100 * product ** 0.25)
+    assert brierlm(np.array([0.4, 0.2, 0.1, -0.05])) == 0
+
+
+def test_distinct_is_the_share_of_different_ngrams():
+    texts = torch.tensor([[0, 1, 0, 1, 0, 1], [2, 2, 2, 2, 2, 2]])
+    found = [distinct(texts, n) for n in (1, 2, 3, 4)]
+    assert found == [3 / 12, 3 / 10, 3 / 8, 3 / 6]                 # 01, 10, 22; 010, 101, 222; ...
+
+
+# --- python eval_brier.py ------------------------------------------------------------------
+@pytest.mark.parametrize("model", ["calm", "ar"])
+def test_the_frontier_falls_from_accuracy_and_collision_at_one(model, trained, run):
+    """Colder samples are more alike. One candidate is too few for T = 1/2: no row."""
+    result = run(eval_brier, "--out_dir", trained / "out", "--model", model, "--device", "cpu",
+                 "--windows", 4, "--frontier", "--temperatures", 1, 0.5, "--candidates", 1, 20,
+                 "--json")
+    assert result.code == 0, result.err
+    points = [json.loads(line) for line in result.out.splitlines() if line.startswith("{")]
+    warm = [point["collision"] for point in points if point["temperature"] == 1]
+    cold = [point["collision"] for point in points if point["temperature"] == 0.5]
+    assert len(warm) == 2 and len(cold) == 1
+    assert cold[0] > max(warm) and min(warm) > 0
+
+
+def test_a_score_says_what_it_was_measured_on(trained, run):
+    flags = ["--windows", 4, "--context", 32, "--stride", 8, "--num_draws", 3, "--device", "cpu"]
+    score = last_line(run(eval_brier, "--out_dir", trained / "out", *flags, "--json"))
+    assert score["positions"] == 4 * 3 and score["samples"] == 3   # from tokens 8, 16, 24 on
+    assert score["context"] == 32 and score["stride"] == 8 and score["step"] == 40
+    assert len(score["brier"]) == 4 and score["brierlm"] >= 0 and score["stderr"] >= 0
+
+
+# --- Figures -------------------------------------------------------------------------------
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def write_log(folder, *entries):
+    folder.mkdir(parents=True)
+    lines = [{"step": 5, "seconds": 1, "chunk_size": 4, "inference_flops": 3e5, **entry}
+             for entry in entries]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A run of both models, and a folder of three runs with other K, one of which was resumed."""
+    write_log(tmp_path / "run", {"stage": "calm", "flops": 1e12, "brierlm": 4},
+              {"stage": "ar", "flops": 1e12, "brierlm": 5},
+              {"stage": "calm", "flops": 2e12, "brierlm": 6, "final": True})
+    spectrum = tmp_path / "spectrum"
+    write_log(spectrum / "a", {"stage": "calm", "flops": 1e12, "brierlm": 4, "final": 1},
+              {"stage": "calm", "flops": 3e12, "brierlm": 7, "final": 1})
+    write_log(spectrum / "b", {"stage": "calm", "flops": 5e11, "brierlm": 1},
+              {"stage": "calm", "flops": 2e12, "brierlm": 5, "final": 1, "chunk_size": 8})
+    return tmp_path
+
+
+def test_a_run_is_a_line_through_its_evaluations_a_folder_one_through_the_ends_of_its_runs(runs):
+    calm, ar = read_series(runs / "run", "flops")
+    assert (calm.name, ar.name) == ("CALM K = 4", "AR")
+    assert [(point.x, point.score) for point in calm.points] == [(1e12, 4), (2e12, 6)]
+    spectrum, = read_series(runs / "spectrum", "flops")
+    assert spectrum.name == "CALM"   # of several K
+    assert [(point.x, point.score) for point in spectrum.points] == [(2e12, 5), (3e12, 7)]
+
+
+@pytest.mark.parametrize("x", ["flops", "inference_flops"])
+def test_a_figure_names_its_lines_and_every_chunk_size(x, runs, run):
+    with open(runs / "run" / "log.jsonl", "a") as log:
+        log.write('{"stage": "calm", "st')   # killed while it wrote its log
+    result = run(eval_brier, "--plot", runs / "x.svg", runs / "run", runs / "spectrum", "--x", x)
+    assert result.code == 0 and "3 lines in" in result.out, result.err
+    svg = xml.etree.ElementTree.parse(runs / "x.svg").getroot()
+    texts = {text.text for text in svg.findall(f"{SVG}text")}
+    assert {"CALM K = 4", "AR", "CALM", "K = 4", "K = 8", "BrierLM"} <= texts
+    for line in svg.findall(f"{SVG}polyline"):   # on the sheet, and to the right
+        corners = [tuple(map(float, corner.split(","))) for corner in line.get("points").split()]
+        assert corners == sorted(corners) or x == "inference_flops"
+        assert all(0 < cx < 720 and 0 < cy < 440 for cx, cy in corners)
+
+
+def test_lines_of_one_name_are_told_apart_by_their_folder(runs, run):
+    write_log(runs / "other", {"stage": "ar", "flops": 1e12, "brierlm": 3})
+    assert run(eval_brier, "--plot", runs / "x.svg", runs / "run", runs / "other").code == 0
+    text = (runs / "x.svg").read_text()
+    assert "AR (run)" in text and "AR (other)" in text and "CALM K = 4<" in text
+
+
+def test_ticks_are_one_two_and_five_times_powers_of_ten():
+    assert log_ticks(8e12, 6e13) == [1e13, 2e13, 5e13]
+    assert log_ticks(1e12, 1e17) == pytest.approx([1e12, 1e13, 1e14, 1e15, 1e16, 1e17])
+    assert linear_ticks(17) == [0, 5, 10, 15, 20]
+    assert linear_ticks(0.7) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])

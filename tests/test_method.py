@@ -1,0 +1,358 @@
+"""The mathematics: energy score, heads, Transformer, both models, what they cost.
+
+Statistical claims are tested five standard errors wide: a correct program fails less than once in a
+million runs.
+"""
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import calm
+import train
+from autoencoder import Autoencoder, AutoencoderConfig, kl_to_normal, posterior_samples
+from calm import (CALM, HEADS, ARConfig, CALMConfig, KVCache, energy_score,
+                  flops_per_token)
+from helpers import BOTH, ROOT, V, tiny_calm
+from sample import generate
+
+
+# --- The method stands alone --------------------------------------------------------------
+
+
+ALONE = """
+import torch
+from autoencoder import Autoencoder, AutoencoderConfig
+from calm import CALM, CALMConfig
+
+torch.manual_seed(0)
+text = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 40))
+sizes = dict(latent_dim=16, n_embd=32, n_ff=64)
+autoencoder = Autoencoder(AutoencoderConfig(**sizes))
+model = CALM(CALMConfig(**sizes, n_layer=2, n_head=2, n_head_layer=1, block_size=16), autoencoder)
+for stage in (autoencoder, model):
+    stage.train()
+    autoencoder.requires_grad_(stage is autoencoder)
+    optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(10):
+        loss, _ = stage.loss(text[:68 * 20].view(20, 68))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0], losses
+h = model.eval().hidden(text[None, :64])
+print(tuple(model.sample_chunks(h[:, -1], 3).shape))
+"""
+
+
+def test_the_method_imports_torch_and_the_standard_library_and_the_plumbing_no_method():
+    for file, more in (("autoencoder.py", {"torch"}), ("calm.py", {"torch", "autoencoder"})):
+        top = re.findall(r"^(?:import|from) (\w+)", (ROOT / file).read_text(), re.MULTILINE)
+        assert set(top) <= more | sys.stdlib_module_names
+    for path in (ROOT / "data").glob("*.py"):
+        assert not re.search(r"(import|from) (autoencoder|calm|sample|eval_brier|train)\b",
+                             path.read_text())
+
+
+def test_a_copy_of_two_files_alone_trains_and_samples(tmp_path):
+    for file in ("autoencoder.py", "calm.py"):
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    (tmp_path / "alone.py").write_text(ALONE)
+    done = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == b"(3, 1, 4)"
+
+
+# --- The energy score ----------------------------------------------------------------------
+def scores_of(mean, std, alpha, P=200_000, N=3, M=4):
+    """Energy losses of a forecast N(mean, std^2) for outcomes N(0, 1), each call with one noise."""
+    torch.manual_seed(0)
+    return energy_score(mean + std * torch.randn(N, P, 1), torch.randn(M, P, 1), alpha)
+
+
+def standard_error(values):
+    return values.std() / len(values) ** 0.5
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("mean, std", [(0.3, 1), (-0.3, 1), (0, 0.7), (0, 1.4), (0, 0.01)])
+def test_energy_score_is_minimised_by_the_true_distribution(mean, std, alpha):
+    excess = scores_of(mean, std, alpha) - scores_of(0, 1, alpha)
+    assert excess.mean() > 5 * standard_error(excess)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.7])
+def test_energy_score_equals_the_double_sum(alpha):
+    x = torch.randn(5, 3, 7, dtype=torch.float64)
+    y = torch.randn(9, 3, 7, dtype=torch.float64)
+    to_targets = (x[:, None] - y[None]).norm(dim=-1).pow(alpha).mean((0, 1))
+    pairs = sum((x[n] - x[k]).norm(dim=-1).pow(alpha)
+                for n in range(5) for k in range(5) if n != k)
+    expected = 2 * to_targets - pairs / 20
+    torch.testing.assert_close(energy_score(x, y, alpha), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_energy_score_has_a_finite_gradient_where_points_meet(dtype):
+    x = torch.zeros(4, 2, 3, dtype=dtype, requires_grad=True)
+    loss = energy_score(x, torch.zeros(5, 2, 3, dtype=dtype), 0.5)
+    loss.sum().backward()
+    assert loss.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_energy_score_never_builds_all_differences():
+    """What autograd keeps has at most P N M or P M L numbers, never P N M L."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    x = torch.randn(8, 32, 64, requires_grad=True)                 # (N, P, L)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        energy_score(x, torch.randn(16, 32, 64))                   # (M, P, L)
+    assert max(kept) <= 16 * 32 * 64
+
+
+# --- The autoencoder -----------------------------------------------------------------------
+def test_posterior_samples_have_the_mean_and_the_spread_asked_for():
+    mean = torch.tensor([0.3, -2.0])
+    std = torch.tensor([1, 0.5])
+    y = posterior_samples(mean.expand(20_000, 2), std.log().expand(20_000, 2), 3)
+    noise = (y - mean) / std                                       # (3, 20_000, 2)
+    assert (noise.mean(1).abs() < 5 / 20_000 ** 0.5).all()
+    assert ((noise.std(1) - 1).abs() < 5 / 40_000 ** 0.5).all()
+    assert ((noise[0] * noise[1]).mean(0).abs() < 5 / 20_000 ** 0.5).all()   # of its own each
+
+
+def test_the_autoencoders_loss_is_cross_entropy_and_clipped_kl():
+    model = Autoencoder(AutoencoderConfig(V, 4, latent_dim=6, n_embd=16, n_ff=24)).eval()
+    with torch.no_grad():
+        torch.nn.init.normal_(model.encoder.hidden_to_latent.weight, std=0.2)
+        tokens = torch.randint(V, (3, 8))
+        torch.manual_seed(0)
+        loss, metrics = model.loss(tokens)
+
+        chunks = tokens.view(6, 4)
+        mean, log_std = model.encode(chunks)
+        torch.manual_seed(0)
+        z = mean + log_std.exp() * torch.randn(3, 2, 6).view(6, 6)
+        log_p = model.decode(z).log_softmax(-1).gather(-1, chunks[..., None])
+        kl = kl_to_normal(mean, log_std)
+    assert (kl < 0.5).any() and (kl > 0.5).any()                   # some are clipped, some are not
+    kl = kl.clamp_min(0.5).sum(-1).mean()
+    torch.testing.assert_close(metrics["kl"], kl)
+    torch.testing.assert_close(loss, -4 * log_p.mean() + 1e-3 * kl)
+
+
+def test_the_frozen_autoencoder_gets_no_gradient_and_stays_in_eval_mode():
+    model = tiny_calm().train()
+    before = {name: value.clone() for name, value in model.autoencoder.state_dict().items()}
+    model.loss(torch.randint(V, (2, 20)))[0].backward()
+    assert not model.autoencoder.training
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith("autoencoder.")
+    for name, value in model.autoencoder.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+# --- Every head, every input ---------------------------------------------------------------
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_learns_the_distribution_it_is_given(kind):
+    """Two contexts, with targets around (2, -1) and (-2, 1): after a short training the samples lie
+    there, as wide as they should."""
+    torch.manual_seed(0)
+    head = HEADS[kind](CALMConfig(latent_dim=2, n_embd=64, n_head=4, n_head_layer=2, head=kind,
+                                  num_samples=4, num_targets=20))
+    h = torch.randn(2, 64)
+    mean = torch.tensor([[2.0, -1.0], [-2.0, 1.0]])
+    log_std = torch.full((2, 2), 0.5).log()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
+    for step in range(500):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 500)
+        optimizer.zero_grad()
+        loss = head.loss(h.repeat(32, 1), mean.repeat(32, 1), log_std.repeat(32, 1))
+        loss.mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        z = head.sample(h, 2000)                                   # (2000, 2, 2)
+    assert (z.mean(0) - mean).abs().max() < 0.2
+    assert (z.std(0) - 0.5).abs().max() < 0.25
+
+
+@pytest.mark.parametrize("mode", ["discrete", "continuous", "both"])
+@pytest.mark.parametrize("kind, evals", [("flow", 2), ("diffusion", 7), ("energy", 1)])
+def test_every_head_and_every_input_trains_and_generates(kind, evals, mode):
+    model = tiny_calm(head=kind, num_evals=evals, input_mode=mode).train()
+    loss, metrics = model.loss(torch.randint(V, (2, 20)))
+    loss.backward()
+    assert loss.isfinite() and kind in metrics
+    assert all(p.grad is not None for p in model.head.parameters())
+    assert generate(model.eval(), torch.randint(V, (2, 4)), 6).shape == (2, 10)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_first_weights_are_small_and_the_first_output_is_zero(kind):
+    config = CALMConfig(V, 4, 32, n_embd=128, n_ff=48, n_layer=1, n_head=4, n_head_layer=1,
+                        n_noise=32, head=kind)
+    model = CALM(config, Autoencoder(AutoencoderConfig(V, 4, latent_dim=32, n_embd=16, n_ff=24)))
+    *matrices, last = [(name, p) for name, p in model.head.named_parameters() if p.ndim == 2]
+    for name, p in matrices:   # of 4,096 numbers or more
+        std = 0.0 if "adaLN_modulation" in name else 0.02
+        assert p.std().item() == pytest.approx(std, rel=0.06)
+    assert last[1].count_nonzero() == 0
+    up_proj = model.transformer.layers[0].mlp.up_proj
+    assert up_proj.weight.std().item() == pytest.approx(0.02, rel=0.06)
+
+
+@pytest.mark.parametrize("aux_weight", [0.0, 0.5])
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_loss_is_the_heads_and_a_weighted_auxiliary_one(kind, aux_weight):
+    loss, metrics = tiny_calm(head=kind, aux_weight=aux_weight).loss(torch.randint(V, (2, 20)))
+    assert set(metrics) == {"loss", kind} | ({"aux"} if aux_weight else set())
+    torch.testing.assert_close(metrics["loss"], loss.detach())
+    torch.testing.assert_close(loss.detach(), metrics[kind] + aux_weight * metrics.get("aux", 0.0))
+
+
+def test_the_auxiliary_loss_is_the_cross_entropy_of_the_next_chunk():
+    model = tiny_calm(aux_weight=0.5)
+    h = torch.randn(6, 32)
+    targets = torch.randint(V, (6, 4))
+    logits = model.aux(h).view(6, 4, V)
+    every = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean((1, 2))    # position
+    torch.testing.assert_close(model.auxiliary_loss(h, targets), every.mean())
+    model.aux_every = 2   # as for 4,096 < V <= 8,192
+    torch.testing.assert_close(model.auxiliary_loss(h, targets), every[::2].mean())
+
+
+def test_the_readmes_head_is_one_class_and_one_entry(monkeypatch):
+    """The README's section on a head of your own, as it stands there."""
+    readme = (ROOT / "README.md").read_text()
+    code, = re.findall(r"```python\n(.*?class MeanHead.*?)```", readme, re.DOTALL)
+    monkeypatch.setattr(calm, "HEADS", dict(calm.HEADS))
+    exec(code, vars(calm).copy())
+    assert "mean" in calm.HEADS
+
+    model = tiny_calm(head="mean").train()
+    tokens = torch.arange(32).view(2, 16) % V
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before, _ = model.loss(tokens)
+    before.backward()
+    optimizer.step()
+    assert model.loss(tokens)[0] < before
+    assert generate(model.eval(), tokens[:, :4], 6).shape == (2, 10)
+    flops = flops_per_token(model.config, model.autoencoder.config)
+    assert flops["samples"] == 2 * 32 * 6 / 4   # one product of h with a matrix (32, 6)
+    monkeypatch.setattr(train, "HEADS", calm.HEADS)
+    assert train.parse_args(["--head", "mean", "--preset", "nano"]).head == "mean"
+
+
+# --- The Transformer -----------------------------------------------------------------------
+@torch.no_grad()
+@pytest.mark.parametrize("make", BOTH)
+def test_cached_and_uncached_hidden_states_agree(make):
+    model = make()
+    K = model.chunk_size
+    tokens = torch.randint(V, (2, 12 * K))
+    cache = KVCache(12)
+    parts = []
+    begin = 0
+    for length in (5, 1, 1, 3, 2):   # a prompt, single steps, and several chunks behind cached ones
+        parts.append(model.hidden(tokens[:, begin * K:(begin + length) * K], cache))
+        begin += length
+    whole = model.hidden(tokens)
+    assert whole.shape == (2, 12, 32)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", BOTH)
+def test_no_position_sees_its_future(make):
+    model = make()
+    K = model.chunk_size
+    tokens = torch.randint(V, (1, 8 * K))
+    changed = tokens.clone()
+    changed[:, 5 * K:] = (changed[:, 5 * K:] + 1) % V
+    before = model.hidden(tokens)
+    after = model.hidden(changed)
+    torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=1e-6)
+    assert (before[:, 5:] - after[:, 5:]).abs().amax(-1).min() > 1e-3   # and all later ones change
+
+
+def test_the_baselines_loss_is_the_cross_entropy_of_the_next_token():
+    model = BOTH[1]()
+    tokens = torch.randint(V, (2, 9))
+    logits = model.lm_head(model.hidden(tokens))[:, :-1]
+    expected = F.cross_entropy(logits.reshape(16, V), tokens[:, 1:].reshape(16))
+    torch.testing.assert_close(model.loss(tokens)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+# --- What everything costs -----------------------------------------------------------------
+
+# Table 1: FLOPs a token in inference, and of a run of 250k steps of 2M tokens. For CALM-XL the
+# paper has 9.4e8, between our counts without attention (8.9e8) and with it.
+TABLE_1 = {
+    "CALM-M": (CALMConfig(128257, n_embd=1024, n_ff=2752, n_layer=16, n_head_layer=4),
+               "2.9e+08", 3.7e20),
+    "CALM-L": (CALMConfig(128257, n_embd=1536, n_ff=4096, n_layer=16, n_head_layer=4),
+               "4.6e+08", 7.7e20),
+    "CALM-XL": (CALMConfig(128257, n_embd=2560, n_ff=6880, n_layer=16, n_head_layer=4),
+                "9.7e+08", 19.5e20),
+    "Transformer-S": (ARConfig(128256), "4.4e+08", 6.6e20),
+}
+
+
+@pytest.mark.parametrize("row", TABLE_1)
+def test_flops_are_the_papers(row):
+    config, inference, training = TABLE_1[row]
+    flops = flops_per_token(config, AutoencoderConfig(128257))
+    assert f"{flops['inference']:.1e}" == inference
+    assert flops["train"] * 5e11 == pytest.approx(training, rel=0.06)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_flops_are_the_sums_of_their_parts_and_a_heads_are_two_a_weight(head):
+    """Of the N samples in training, what depends on h alone is computed once."""
+    ae = AutoencoderConfig(latent_dim=32, n_embd=128, n_ff=64)
+    config = CALMConfig(latent_dim=32, n_embd=128, n_layer=2, n_head=2, n_head_layer=1,
+                        block_size=128, aux_weight=0.5, head=head)
+    flops = flops_per_token(config, ae)
+    forward = flops["inputs"] + flops["transformer"]
+    training = 3 * (forward + flops["samples"] + flops["aux"]) + flops["encode"]
+    assert flops["train"] == pytest.approx(training)
+    weights = 0
+    of_h = 0
+    for name, p in HEADS[head](config).named_parameters():
+        if p.ndim == 2:
+            weights += p.numel()
+            if "hidden_embd" in name or "cond_embed" in name:
+                of_h += p.numel()
+            if "mlp_blocks" in name and "linears.0" in name:
+                of_h += p.numel() / 2
+    assert flops["samples"] == pytest.approx(2 * (8 * (weights - of_h) + of_h) / 4)
+    sample = config.num_evals * 2 * weights / 4
+    decode = flops_per_token(ae)["decode"]
+    assert flops["inference"] == pytest.approx(forward + sample + decode)
+
+
+# --- The demonstration, python calm.py -----------------------------------------------------
+def test_the_demonstration_shows_each_step_and_its_share_of_the_flops(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)   # where no model has been trained
+    result = run(calm)
+    assert result.code == 0, result.err
+    for shape in ((1, 19, 4), (1, 18, 128), (8, 18, 32), (18, 32), (100, 18, 32), (18,)):
+        assert f" {shape}" in result.out
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", result.out)]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+
+
+def test_the_demonstration_takes_a_trained_model(run, trained, monkeypatch):
+    monkeypatch.setattr("data.checkpoint.DEFAULT_RUN", str(trained / "out"))
+    result = run(calm)
+    assert result.code == 0, result.err
+    assert "random weights" not in result.out and "nan" not in result.out

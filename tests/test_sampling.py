@@ -1,0 +1,267 @@
+"""Temperature from samples alone, generation, loading: what sample.py does.
+
+Statistical claims are tested five standard errors wide, or at a p-value of 1e-5.
+"""
+import math
+
+import pytest
+import torch
+
+import sample
+from helpers import BOTH, EOT, V, tiny_ar, tiny_calm
+from sample import (counts, draw, generate, load_model, pad_front, stream, temperature_batch,
+                    temperature_exact)
+
+
+def draw_chunks(p, N, batch):
+    """N x batch samples of an outcome with probabilities p, written as chunks of two tokens."""
+    return torch.multinomial(p, N * batch, replacement=True).view(N, batch, 1).expand(-1, -1, 2)
+
+
+def power(p, temperature):
+    return p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+
+
+# --- Algorithm 2 ---------------------------------------------------------------------------
+def frequencies(p, N, temperature, batch, repeats=1):
+    picks = [temperature_batch(draw_chunks(p, N, batch), temperature)[:, 0]
+             for _ in range(repeats)]
+    return torch.cat(picks).bincount(minlength=len(p)).double() / (repeats * batch)
+
+
+def total_variation(p, q):
+    return (p - q).abs().sum().item() / 2
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.5, 0.4])
+def test_batch_sampling_converges_to_the_power_of_the_distribution(temperature):
+    torch.manual_seed(0)
+    p = 1 / torch.arange(1, 21).double()
+    p /= p.sum()
+    few, many = (frequencies(p, N, temperature, 1000, repeats=20) for N in (5, 1000))
+    far = total_variation(few, power(p, temperature))
+    near = total_variation(many, power(p, temperature))
+    assert near < 0.02 and near < far   # 20,000 draws of 20 outcomes: an error of about 0.01
+
+
+def test_batch_sampling_has_the_law_of_algorithm_2():
+    """Two outcomes, N = 4, T = 1/2: the law, by enumeration of all counts."""
+    torch.manual_seed(0)
+    batch = 100_000
+    law = 0
+    for c in range(5):   # how often the first outcome occurs, and in how many ways twice
+        ways = math.comb(c, 2)
+        ways_of_the_other = math.comb(4 - c, 2)
+        chance = math.comb(4, c) * 0.7 ** c * 0.3 ** (4 - c)
+        law += chance * ways / (ways + ways_of_the_other)
+    found = frequencies(torch.tensor([0.7, 0.3]).double(), 4, 0.5, batch)[0]
+    assert abs(found - law) < 5 * math.sqrt(law * (1 - law) / batch)
+
+
+def test_batch_sampling_falls_back_to_smaller_orders():
+    samples = torch.tensor([[1, 1], [2, 2], [1, 1], [3, 3]])[:, None]     # none is there 4 times
+    assert all(temperature_batch(samples, 0.25).tolist() == [[1, 1]] for _ in range(20))
+    different = torch.arange(4).view(4, 1, 1).expand(-1, 2000, 2)         # all once: uniform
+    seen = temperature_batch(different, 0.5)[:, 0].bincount(minlength=4)
+    assert (seen - 500).abs().max() < 5 * math.sqrt(2000 * 0.25 * 0.75)
+
+
+def test_counts_are_how_often_a_chunk_occurs():
+    samples = torch.randint(3, (50, 7, 4))
+    assert torch.equal(counts(samples), (samples[:, None] == samples[None]).all(-1).sum(0))
+
+
+# --- Algorithm 1 ---------------------------------------------------------------------------
+def exact_draws(p, temperature, batch, max_calls=1_000_000):
+    return temperature_exact(lambda n: draw_chunks(p, n, batch), batch, temperature, max_calls)
+
+
+def expected_calls(p, temperature):
+    """Theorem 2."""
+    s = 1 / temperature
+    more = (p ** (s - 1)).sum() if s % 1 else 0
+    return (math.floor(s) + more) / (p ** s).sum()
+
+
+@pytest.mark.parametrize("outcomes", [10, 200])
+@pytest.mark.parametrize("temperature", [0.9, 0.75, 0.5, 0.4, 1 / 3])
+def test_exact_sampling_draws_from_the_power_of_the_distribution(temperature, outcomes):
+    torch.manual_seed(0)
+    batch = 3000
+    p = 1 / torch.arange(1, outcomes + 1).double()
+    p /= p.sum()
+    tokens, calls = exact_draws(p, temperature, batch)
+    expected = batch * power(p, temperature)
+    seen = tokens[:, 0].bincount(minlength=outcomes).double()
+    often = expected >= 10                                         # the rare ones are one class
+    expected = torch.cat([expected[often], expected[~often].sum()[None]])
+    seen = torch.cat([seen[often], seen[~often].sum()[None]])
+    classes = expected > 0
+    chi2 = ((seen - expected) ** 2 / expected)[classes].sum()
+    assert torch.special.gammaincc((classes.sum() - 1) / 2, chi2 / 2) > 1e-5   # the p-value
+    error = calls.double().std() / batch ** 0.5
+    assert abs(calls.double().mean() - expected_calls(p, temperature)) < 5 * error
+
+
+def test_exact_sampling_hands_over_to_batch_sampling_past_its_cap():
+    torch.manual_seed(0)
+    p = torch.full((200,), 1 / 200).double()
+    with pytest.warns(UserWarning, match="over 50 calls"):
+        tokens, calls = exact_draws(p, 0.25, 100, max_calls=50)
+    assert tokens.shape == (100, 2) and (calls == 50 + 200).all()  # Theorem 2 expects 32 million
+    calls = exact_draws(torch.tensor([0.5, 0.5]).double(), 0.5, 100, max_calls=50)[1]
+    assert (calls < 50).all()
+
+
+# --- Of a model ----------------------------------------------------------------------------
+@torch.no_grad()
+def test_both_algorithms_give_a_model_the_same_frequencies():
+    torch.manual_seed(0)
+    model = tiny_calm(K=1)
+    h = torch.randn(32).expand(2000, -1)
+    exact = draw(model, h, 0.7, exact=temperature_exact)[0, :, 0].bincount(minlength=V) / 2000
+    batch = draw(model, h, 0.7, num_candidates=300)[0, :, 0].bincount(minlength=V) / 2000
+    assert (exact - batch).abs().max() < 5 * (0.25 * 2 / 2000) ** 0.5 and exact.max() < 0.9
+
+
+@torch.no_grad()
+def test_ar_temperature_sharpens_the_softmax():
+    model = tiny_ar()
+    h = torch.randn(1, 32).expand(100_000, -1)
+    p = (model.lm_head(h[0]) / 0.5).softmax(-1)
+    found = draw(model, h, 0.5)[0, :, 0].bincount(minlength=V) / len(h)
+    assert ((found - p).abs() < 5 * (p * (1 - p) / len(h)).sqrt() + 1e-6).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["calm", "ar"])
+def test_casting_matrices_once_equals_autocast(kind, trained):
+    tokens = torch.arange(32)[None] % 97
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = load_model(trained / "out", kind, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            h = model.hidden(tokens)
+            torch.manual_seed(0)
+            found.append((h, draw(model, h[:, -1])[0]))
+    assert model.transformer.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+# --- Generation ----------------------------------------------------------------------------
+def test_padding_goes_in_front():
+    padded = pad_front(torch.tensor([[1, 2, 3, 4, 5]]), 4, EOT)
+    assert padded.tolist() == [[EOT, EOT, EOT, 1, 2, 3, 4, 5]]
+    assert pad_front(torch.tensor([[1, 2, 3, 4]]), 4, EOT).tolist() == [[1, 2, 3, 4]]
+    assert pad_front(torch.zeros(1, 0).long(), 4, EOT).tolist() == [[EOT] * 4]
+
+
+@pytest.mark.parametrize("make", BOTH)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("length", [0, 3, 5, 8])
+def test_prompts_of_any_length_are_continued(make, temperature, length):
+    model = make()
+    prompt = torch.randint(V - 1, (3, length))
+    texts = []
+    for _ in range(2):   # the same seed, the same text
+        torch.manual_seed(1)
+        texts.append(generate(model, prompt, 10, temperature, EOT, num_candidates=20))
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0][:, :length], prompt)
+    assert length < texts[0].shape[1] <= length + 10
+
+
+@pytest.mark.parametrize("make", BOTH)
+def test_after_end_of_text_comes_only_end_of_text(make):
+    torch.manual_seed(0)
+    text = generate(make(), torch.randint(V - 1, (50, 4)), 40, eot=EOT)[:, 4:]
+    ended = (text == EOT).cumsum(1) > 0
+    assert ended.any() and not ended.all()
+    assert (text[ended] == EOT).all()
+
+
+def test_generation_stops_when_every_text_has_ended(monkeypatch):
+    monkeypatch.setattr(sample, "draw", lambda model, h, *_: torch.full((1, len(h), 1), EOT))
+    assert len(list(stream(tiny_ar(), torch.randint(V - 1, (2, 4)), 30, eot=EOT))) == 1
+
+
+@pytest.mark.parametrize("make", BOTH)
+def test_a_text_that_outgrows_the_context_goes_on_with_the_last_half_of_it(make, monkeypatch):
+    model = make()
+    K = model.chunk_size
+    context = model.config.block_size
+    seen = []
+
+    def remember(model, h, *_):
+        seen.append(h)
+        return torch.randint(V, (1, len(h), K))
+
+    monkeypatch.setattr(sample, "draw", remember)
+    text = generate(model, torch.randint(V, (1, K)), (context + 3) * K)
+    assert text.shape[1] == (context + 4) * K
+    # Draw i sees i + 1 chunks; draw number `context` is the first after the cache was full.
+    half = text[:, (context + 1 - context // 2) * K:(context + 1) * K]
+    expected = model.hidden(half)[:, -1]
+    torch.testing.assert_close(seen[context], expected, rtol=1e-4, atol=1e-5)
+
+
+# --- python sample.py ----------------------------------------------------------------------
+@pytest.fixture
+def write(run, trained):
+    """Run sample.py on the trained model."""
+
+    def write(*flags, **how):
+        return run(sample, "--out_dir", trained / "out", "--device", "cpu", *flags, **how)
+
+    return write
+
+
+def test_a_prompt_comes_from_the_command_line_or_stdin_or_is_empty(write):
+    few = ["--max_new_tokens", 9]
+    assert write(*few).code == 0
+    assert write(*few, "--start", "the quick").out.startswith("the quick")
+    assert write(*few, "--start", "-", stdin=b"the quick").out.startswith("the quick")
+    result = write(*few, "--start", "-", stdin=b"\xff\0 any \xed\xa0\x80 bytes")
+    assert result.code == 0 and result.out.startswith("\ufffd\0 any ")
+
+
+@pytest.mark.parametrize("model", ["calm", "ar"])
+def test_a_prompt_longer_than_the_context_goes_on_from_its_last_part_and_says_so(model, write):
+    flags = ["--model", model, "--max_new_tokens", 20]
+    part = ("the quick brown fox jumps over the lazy dog. " * 2)[:64]
+    whole = write(*flags, "--start", "x" * 36 + part)
+    short = write(*flags, "--start", part)
+    assert whole.code == short.code == 0 and whole.out == short.out
+    assert "[a prompt of 100 tokens: going on from its last 64]" in whole.err
+    assert "a prompt of" not in short.err
+
+
+def test_same_seed_same_text_another_seed_another(write):
+    flags = ["--model", "ar", "--max_new_tokens", 30]
+    first, again, other = (write(*flags, "--seed", seed).out for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_bar_stands_before_each_chunk(write):
+    """Between two bars are at most K tokens, and without the bars it is the same text."""
+    flags = ["--start", "the quick", "--max_new_tokens", 40]
+    plain = write(*flags).out
+    barred = write(*flags, "--chunks").out
+    assert "|" not in plain and barred.replace("|", "") == plain
+    chunks = barred.removeprefix("the quick").strip("\n").split("|")[1:]
+    assert len(chunks) == 10 and max(map(len, chunks)) <= 4
+
+
+def test_a_bar_tears_no_character(write, monkeypatch):
+    """A character of several bytes may begin in a chunk and end in the next."""
+    text = "é, ü: naïve café. 日本語と、漢字。"
+    tokens = torch.tensor([list(text.encode())])
+    monkeypatch.setattr(sample, "stream", lambda *_, **__: tokens.split(4, dim=1))
+    plain = write().out
+    assert text in plain and write("--chunks").out.replace("|", "") == plain
+
+
+def test_the_baseline_takes_no_notice_of_calms_flags(write):
+    cold = ["--temperature", 0.004, "--max_new_tokens", 8]   # 250 candidates, if they were needed
+    assert write(*cold, "--model", "ar", "--num_evals", 4, "--sampler", "exact").code == 0
+    assert write(*cold).code == 2
