@@ -28,7 +28,7 @@ class AutoencoderConfig:
     latent_dim: int = 128      # L: size of a chunk's vector; the paper uses 32 K
     n_embd: int = 512          # H: width
     n_ff: int = 1280           # width of the SwiGLU
-    n_layer: int = 2           # blocks a side: half see single tokens, half the whole chunk
+    n_layer: int = 2           # blocks per side: half see single tokens, half the whole chunk
     dropout: float = 0.15      # share of the vector's numbers that are dropped in training
     token_mask: float = 0.15   # share of the input tokens that are masked in training
     kl_weight: float = 1e-3    # beta: weight of the KL term
@@ -231,7 +231,7 @@ def describe_latent_space(model, chunks):
     kl = kl_to_normal(mean, log_std).mean(0)                           # of each dimension, (L,)
     active = int((kl > 0.1).sum())
     sigma = log_std.exp().mean().item()
-    print(f"\nmean sigma of the posterior {sigma:.3f}; KL {kl.sum():.1f} nats a chunk; "
+    print(f"\nmean sigma of the posterior {sigma:.3f}; KL {kl.sum():.1f} nats per chunk; "
           f"active dimensions (KL above 0.1 nats) {active} of {len(kl)}")
 
     shown = {name: tokens_right[name] for name in ("mean", "posterior", "sigma_0.3")}

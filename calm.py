@@ -3,19 +3,19 @@ CALM (arXiv 2510.27688): a language model that predicts the next vector, not the
 
 A training step in five lines (`python calm.py` takes a line of text through them):
 
-    chunks of K tokens           -> one input vector each       CALM.inputs
-    input vectors                -> hidden states h_t           Transformer
-    h_t and noise                -> N samples of z_{t+1}        EnergyHead.sample
-    chunk t+1                    -> M samples of z_{t+1}        the frozen autoencoder's posterior
-    these two clouds of samples  -> loss                        energy_score
+    chunks of K tokens        -> one input vector each       CALM.inputs
+    input vectors             -> hidden states h_t           Transformer
+    h_t and noise             -> N samples z of a vector     EnergyHead.sample
+    the true chunk t+1        -> M samples y of its vector   the frozen autoencoder's posterior
+    the samples z and y       -> loss                        energy_score
 
 This file reads from top to bottom: the Transformer, the energy head, the energy score, CALM, and
-AR, the token-by-token baseline. Behind them stand two slower heads, and what everything costs.
+AR, the token-by-token baseline. After them come two slower heads, and what everything costs.
 
-Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, L latent
-size, N head samples, M target samples, P positions (B and T flattened), nh attention heads of
-width hs. tokens (B, T*K), chunks (B, T, K), h (B, T, D), z (..., L). Layers have the names of
-the authors' checkpoints.
+Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, N samples
+of the head, M samples of the posterior, L numbers in such a vector, P positions (B and T
+flattened), nh attention heads of width hs. tokens (B, T*K), chunks (B, T, K), h (B, T, D), z
+(..., L). Layers have the names of the authors' checkpoints.
 """
 import math
 from dataclasses import dataclass, replace
@@ -43,22 +43,22 @@ class CALMConfig:
     n_head_layer: int = 3          # blocks of the generative head; the paper takes n_layer / 4
     n_noise: int = 64              # size of the energy head's noise
     block_size: int = 2048         # context in chunks
-    num_samples: int = 8           # N: head samples a position in training
-    num_targets: int = 100         # M: target samples a position
-    alpha: float = 1.0             # exponent of the energy score
+    num_samples: int = 8           # N: samples of the head per position in training
+    num_targets: int = 100         # M: samples of the posterior per position
+    alpha: float = 1.0             # exponent of the energy score, in (0, 2)
     input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # tokens, latents, both
     head: str = "energy"           # generative head, a name in HEADS
-    num_evals: int = 0             # network evaluations a sample; 0: as many as the paper takes
+    num_evals: int = 0             # its evaluations per sample; 0: energy 1, flow 20, diffusion 100
     aux_weight: float = 0.0        # weight of CALM.auxiliary_loss, which is ours, not the paper's
 
     def __post_init__(self):
         check_heads(self.n_embd, self.n_head)
-        if self.head not in HEADS:
+        if self.head not in HEADS:   # which follows the heads, further down
             raise ValueError(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
         if self.num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, for pairs, not {self.num_samples}")
         if not 0 < self.alpha < 2:
-            raise ValueError(f"alpha must be in (0, 2) for a proper score, not {self.alpha}")
+            raise ValueError(f"alpha must be in (0, 2), not {self.alpha}")
         self.num_evals = self.num_evals or HEADS[self.head].default_evals
 
 
@@ -79,14 +79,15 @@ class ARConfig:
 def check_heads(n_embd, n_head):
     """Raise ValueError unless all attention heads get the same width, and it is even."""
     if n_embd % (2 * n_head) != 0:
-        raise ValueError(f"n_embd {n_embd} must be divisible by n_head {n_head}, in even widths")
+        raise ValueError(f"n_embd {n_embd} must be divisible by 2 n_head, {2 * n_head}")
 
 
 # --- The Transformer (section 3.3): LLaMA's, with RMSNorm, rotary positions, SwiGLU, no biases 
 
 
 def rotary_tables(head_dim, positions, theta=10000.0):
-    """cos and sin of position * frequency, (positions, hs) each, in the half-rotation layout."""
+    """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
+    # On the CPU: real numbers also where a model is built without memory, on the device "meta".
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)                                     # (positions, hs)
@@ -104,7 +105,7 @@ class KVCache:
 
     def __init__(self, block_size):
         self.block_size = block_size
-        self.length = 0     # positions that are filled; a lower number forgets those behind it
+        self.length = 0     # filled positions; generation lowers it to forget the last ones
         self.layers = {}    # layer -> keys and values (2, B, nh, block_size, hs)
 
     def write(self, layer, k, v):
@@ -129,7 +130,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(D, D, bias=False)
 
     def forward(self, x, cos, sin, cache=None, mask=None):
-        """x (B, T, D), cos and sin (T, hs) -> (B, T, D). For the rest see Transformer.forward."""
+        """x (B, T, D), cos and sin (T, hs) -> (B, T, D). mask (T, end): what each may attend to."""
         heads = (self.n_head, -1)
         q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)    # (B, nh, T, hs)
         k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)
@@ -138,7 +139,7 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin).type_as(v)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)                   # (B, nh, end, hs)
-        # Without a mask, either all positions are here (causal), or one query may see every key.
+        # No mask: x has all positions (causal), or is a single one that may attend to all keys.
         causal = mask is None and q.shape[2] == k.shape[2]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.o_proj(x.transpose(1, 2).flatten(-2))          # (B, T, D)
@@ -178,7 +179,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{end} positions, but the context is {self.block_size}")
 
         mask = None
-        if start > 0 and T > 1:   # several queries behind cached keys: what each may attend to
+        if start > 0 and T > 1:   # several positions after cached ones: to these, and causally
             mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start)    # (T, end)
         for layer in self.layers:
             x = layer(x, self.cos[start:end], self.sin[start:end], cache, mask)
@@ -191,7 +192,7 @@ class Transformer(nn.Module):
 
 
 class EnergyBlock(nn.Module):
-    """x + W_4(silu(g) * u), where g and u come from a three-layer MLP on [LayerNorm(x), c]."""
+    """x + down_proj(silu(g) * u), where g and u are an MLP of [LayerNorm(x), c], concatenated."""
 
     def __init__(self, D):
         super().__init__()
@@ -201,9 +202,8 @@ class EnergyBlock(nn.Module):
         self.down_proj = nn.Linear(D, D)
 
     def forward(self, x, c):
-        """x (N, ..., D), a vector a sample; c (..., D), the condition, one for all N samples."""
-        # The first layer is W [x, c] + b = W_x x + (W_c c + b). The bracket is the same for all N
-        # samples, so it is computed once a position.
+        """x (N, ..., D), one per sample; c (..., D), the condition, one for all N samples."""
+        # The first layer is W [x, c] + b = W_x x + (W_c c + b), with one bracket for all samples.
         first = self.linears[0]
         W_x, W_c = first.weight.chunk(2, dim=1)                    # (D, D) each
         mixed = F.linear(self.in_ln(x), W_x) + F.linear(c, W_c, first.bias)
@@ -224,8 +224,8 @@ class FinalLayer(nn.Module):
 
 
 class EnergyHead(nn.Module):
-    """Draws z_{t+1} given h_t. Like every head it has two verbs: a loss and a sample."""
-    default_evals = 1     # network evaluations a sample
+    """Draws the next vector given h_t. Like every head it has two methods: a loss and a sample."""
+    default_evals = 1     # network evaluations per sample
 
     def __init__(self, config):
         super().__init__()
@@ -240,7 +240,7 @@ class EnergyHead(nn.Module):
         self.mlp_blocks = nn.ModuleList([EnergyBlock(D) for _ in range(config.n_head_layer)])
         self.final_layer = FinalLayer(D, config.latent_dim)
         self.apply(init_weights)
-        nn.init.zeros_(self.final_layer.linears[2].weight)         # at first every sample is zero
+        nn.init.zeros_(self.final_layer.linears[2].weight)         # samples start at 0, then part
 
     def sample(self, h, n, noise=None):
         """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): U[-.5, .5]."""
@@ -259,29 +259,29 @@ class EnergyHead(nn.Module):
         return energy_score(z, y, self.config.alpha)
 
 
-def energy_score(x, y, alpha=1.0):
-    """The energy loss of samples x (N, P, L) for targets y (M, P, L) -> (P,) (equation 12):
+def energy_score(z, y, alpha=1.0):
+    """The energy loss of samples z (N, P, L) for targets y (M, P, L) -> (P,) (equation 12):
 
-        2/(N M) sum_{n,m} |x_n - y_m|^alpha  -  1/(N (N-1)) sum_{n != k} |x_n - x_k|^alpha
+        2/(N M) sum_{n,m} |z_n - y_m|^alpha  -  1/(N (N-1)) sum_{n != i} |z_n - z_i|^alpha
 
     The first term pulls the samples to the targets, the second keeps them apart from each other.
-    For 0 < alpha < 2 this is an unbiased estimate of a strictly proper score: its expectation is
-    least exactly where x and y have the same distribution. Computed in true float32 (no TF32).
+    For 0 < alpha < 2 the expectation is least exactly where z is distributed as y. (Over a whole
+    text, the targets for one h lie around each chunk that may follow it.) Computed in float32.
     """
-    N = len(x)
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.float().transpose(0, 1)                              # (P, N, L)
+    N = len(z)
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.float().transpose(0, 1)                              # (P, N, L)
         y = y.float().transpose(0, 1)                              # (P, M, L)
-        to_targets = distances(x, y, alpha).mean((1, 2))           # (P,)
-        pairs = distances(x, x, alpha).triu(1).sum((1, 2))         # (P,), over the pairs n < k
+        to_targets = distances(z, y, alpha).mean((1, 2))           # (P,)
+        pairs = distances(z, z, alpha).triu(1).sum((1, 2))         # (P,): each pair once
         return 2 * to_targets - 2 * pairs / (N * (N - 1))
 
 
 def distances(x, y, alpha):
     """|x_n - y_m|^alpha: x (P, N, L), y (P, M, L) -> (P, N, M).
 
-    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, a matrix product, so no (P, N, M, L) is ever built. The floor
-    of 1e-10 keeps the gradient finite (it is zero) where two points meet.
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, a matrix product: no (P, N, M, L) is ever built. Where two
+    points meet, the floor of 1e-10 makes the gradient zero, and not infinite.
     """
     x2 = torch.linalg.vector_norm(x, dim=-1) ** 2                  # (P, N)
     y2 = torch.linalg.vector_norm(y, dim=-1) ** 2                  # (P, M)
@@ -298,10 +298,10 @@ class CALM(nn.Module):
     def __init__(self, config, autoencoder):
         super().__init__()
         for name in ("vocab_size", "chunk_size", "latent_dim"):
-            ours = getattr(config, name)
-            theirs = getattr(autoencoder.config, name)
-            if ours != theirs:
-                raise ValueError(f"{name} is {ours}, but the autoencoder's is {theirs}")
+            size = getattr(config, name)
+            expected = getattr(autoencoder.config, name)
+            if size != expected:
+                raise ValueError(f"{name} is {size}, but the autoencoder's is {expected}")
         self.config = config
         self.chunk_size = config.chunk_size
         K = config.chunk_size
@@ -316,9 +316,9 @@ class CALM(nn.Module):
         if config.aux_weight > 0:                                  # ours: see auxiliary_loss
             self.aux = nn.Linear(D, K * config.vocab_size)
             self.aux_every = math.ceil(config.vocab_size / 4096)
-        self.apply(init_weights)
-        self.head = HEADS[config.head](config)                     # which initialises itself
-        self.autoencoder = autoencoder.requires_grad_(False)
+        self.apply(init_weights)                                   # all of the above
+        self.head = HEADS[config.head](config)                     # it initialises itself
+        self.autoencoder = autoencoder.requires_grad_(False)       # it is trained already
 
     def train(self, mode=True):
         """As nn.Module.train, but the frozen autoencoder always stays in eval mode."""
@@ -327,7 +327,8 @@ class CALM(nn.Module):
         return self
 
     def inputs(self, tokens):
-        """tokens (B, T*K) -> one vector a chunk (B, T, D) (section 3.3)."""
+        """tokens (B, T*K) -> one vector per chunk (B, T, D) (section 3.3), by default from token
+        embeddings: the paper found the autoencoder's vectors to be a worse input."""
         chunks = tokens.unflatten(1, (-1, self.chunk_size))        # (B, T, K)
         if self.config.input_mode == "continuous":
             return self.latent_proj(self.autoencoder.encode(chunks)[0])
@@ -366,10 +367,10 @@ class CALM(nn.Module):
         Vectors are drawn, and logits are made, in slices, so that memory stays bounded.
         """
         positions = h.numel() // h.shape[-1]
-        at_once = max(1, 2**14 // positions)                       # of each h: 2^14 vectors in all
+        at_once = max(1, 2**14 // positions)                       # at most 2^14 vectors
         z = [self.head.sample(h, min(at_once, n - done)) for done in range(0, n, at_once)]
         z = torch.cat(z)                                           # (n, ..., L)
-        logits_at_once = 2**27 if z.is_cuda else 2**23             # on a CPU, as its cache holds
+        logits_at_once = 2**27 if z.is_cuda else 2**23             # what a CPU's cache holds
         rows = max(1, logits_at_once // (self.chunk_size * self.config.vocab_size))
         tokens = [self.autoencoder.decode(part).argmax(-1)
                   for part in z.flatten(0, -2).split(rows)]
@@ -414,12 +415,12 @@ class AR(nn.Module):
         return (self.lm_head(h).float() / temperature).softmax(-1)
 
     def sample_chunks(self, h, n, temperature=1.0):
-        """n next tokens given each h (B, D), each a chunk of one -> tokens (n, B, 1)."""
+        """n next tokens, chunks of one, given each h (B, D) -> tokens (n, B, 1)."""
         p = self.probabilities(h, temperature)                     # (B, V)
         return torch.multinomial(p, n, replacement=True).T[..., None]
 
 
-# --- Two heads that take many steps (section 3.2, figure 8): a network of time carries noise to z 
+# --- Two slower heads (section 3.2, figure 8): many steps from noise to a vector -------------
 
 
 class AdaLNBlock(nn.Module):
@@ -437,7 +438,7 @@ class AdaLNBlock(nn.Module):
 
 
 class TimeNet(nn.Module):
-    """(x_t, t, h) -> `out` numbers: the network of both heads, after MAR's (Li et al., 2024)."""
+    """(x_t, t, h) -> `out` numbers: the network of both, that of MAR's head (Li et al., 2024)."""
 
     def __init__(self, config, out):
         super().__init__()
@@ -481,11 +482,11 @@ class FlowHead(TimeNet):
             raise ValueError(f"num_evals must be even, two a step, not {config.num_evals}")
 
     def velocity(self, x, t, h):
-        """t from 0 to 1, which the network counts in whole thousandths, as the authors' does."""
+        """t (...) is in [0, 1]; the network gets floor(1000 t), as that of the authors does."""
         return self(x, (1000 * t).floor(), h)
 
     def loss(self, h, mean, log_std):
-        """Mean squared error of the velocity z - x_0 at N random times a position -> (P,)."""
+        """Mean squared error of the velocity z - x_0 at N random times per position -> (P,)."""
         z = posterior_samples(mean, log_std, self.config.num_samples)     # (N, P, L)
         x_0 = torch.randn_like(z)
         t = torch.rand(z.shape[:2], device=z.device)               # (N, P)
@@ -494,7 +495,8 @@ class FlowHead(TimeNet):
         return error.square().mean(-1).mean(0)
 
     def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L), by num_evals / 2 midpoint steps."""
+        """n samples given h (..., D) -> z (n, ..., L), by num_evals / 2 midpoint steps from
+        noise (n, ..., L)."""
         shape = (n, *h.shape[:-1], self.config.latent_dim)
         x = torch.randn(shape, device=h.device) if noise is None else noise
         times = torch.linspace(0, 1, self.config.num_evals // 2 + 1, device=h.device)
@@ -505,7 +507,7 @@ class FlowHead(TimeNet):
 
 
 class DiffusionSchedule(nn.Module):
-    """The numbers of a chain of noising steps:
+    """The constants of a diffusion:
 
         x_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) noise
 
@@ -517,11 +519,12 @@ class DiffusionSchedule(nn.Module):
         alpha_bar_before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)       # alpha_bar_{t-1}
         beta = 1 - alpha_bar / alpha_bar_before                    # variance of q(x_t | x_{t-1})
 
-        # q(x_{t-1} | x_t, z) is a Gaussian with the mean z_weight * z + x_weight * x_t.
+        # The diffusion's posterior q(x_{t-1} | x_t, z) is a Gaussian, with the mean
+        # z_weight * z + x_weight * x_t and this variance:
         z_weight = alpha_bar_before.sqrt() * beta / (1 - alpha_bar)
         x_weight = (1 - beta).sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
         posterior_variance = beta * (1 - alpha_bar_before) / (1 - alpha_bar)
-        # At t = 0 it is 0, which has no logarithm: the next one stands in for it.
+        # That of t = 0 is 0, and has no logarithm: the one of t = 1 takes its place.
         posterior_variance[0] = posterior_variance[1] if len(beta) > 1 else beta[0]
 
         self.keep("signal", alpha_bar.sqrt())
@@ -571,7 +574,8 @@ class DiffusionHead(TimeNet):
 
     def terms(self, z, noise, t, h):
         """Both parts of the loss at times t (...), means over L -> (...), (...): the squared error
-        of the noise, and the bits of the step back, through which only the variance learns."""
+        of the noise, and the bits of the step back. From the bits only the variance learns: the
+        noise is detached there."""
         schedule = self.train_schedule
         x_t = schedule.signal[t][..., None] * z + schedule.noise[t][..., None] * noise
         predicted, v = self(x_t, t, h).chunk(2, dim=-1)            # (..., L) each
@@ -590,21 +594,22 @@ class DiffusionHead(TimeNet):
         return squared_error, bits
 
     def loss(self, h, mean, log_std):
-        """The sum of both terms at N random times a position -> (P,)."""
+        """The sum of both terms, as the authors', at N random times per position -> (P,)."""
         z = posterior_samples(mean, log_std, self.config.num_samples)     # (N, P, L)
         t = torch.randint(1000, z.shape[:2], device=z.device)      # (N, P)
         squared_error, bits = self.terms(z, torch.randn_like(z), t, h)
         return (squared_error + bits).mean(0)
 
     def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L), by num_evals steps back from noise."""
+        """n samples given h (..., D) -> z (n, ..., L), by num_evals steps back from noise
+        (n, ..., L)."""
         shape = (n, *h.shape[:-1], self.config.latent_dim)
         x = torch.randn(shape, device=h.device) if noise is None else noise
         schedule = self.sample_schedule
         for i, step in reversed(list(enumerate(self.sample_steps))):
             t = torch.full(shape[:-1], step, device=h.device)
             predicted, v = self(x, t, h).chunk(2, dim=-1)
-            z = schedule.predict_z(x, predicted, i).clamp(-10, 10)    # divides by 5e-5 at first
+            z = schedule.predict_z(x, predicted, i).clamp(-10, 10)    # t = 999 divides by 5e-5
             x = schedule.posterior_mean(z, x, i)
             if i > 0:
                 x = x + (schedule.log_variance(v, i) / 2).exp() * torch.randn_like(x)
@@ -618,10 +623,10 @@ HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
 
 
 def flops_per_token(config, autoencoder_config=None):
-    """FLOPs a token as the paper counts them (table 1).
+    """FLOPs per token as the paper counts them (table 1).
 
     config: an AutoencoderConfig, an ARConfig, or a CALMConfig with the config of its autoencoder
-    -> {"train": x, "inference": x}; of CALM and the autoencoder also parts, each a forward pass.
+    -> {"train": x, "inference": x}, and for some also the forward pass of each part, by name.
 
     A multiply-add is two FLOPs. Every position attends to the whole context. Training costs three
     forward passes. What a chunk of CALM costs is shared by its K tokens.
@@ -663,12 +668,12 @@ def calm_flops(config, autoencoder_config):
     tokens = torch.zeros(1, config.block_size * K).long()          # a whole context
     h = torch.zeros(1, config.n_embd)                              # a hidden state
     autoencoder = autoencoder_flops(autoencoder_config)
-    evals = min(config.num_evals, 2)                               # each costs the same: two tell
+    # All evaluations of the head's network cost the same: count one, or a flow's two.
+    evals = min(config.num_evals, 2)
     model = CALM(replace(config, num_evals=evals), Autoencoder(autoencoder_config)).to("meta")
 
     inputs = count_flops(model.inputs, tokens) / tokens.numel()
     hidden = count_flops(model.hidden, tokens) / tokens.numel()    # inputs and Transformer
-    # An evaluation of the head's network, for one sample, and for the N of training.
     one = count_flops(model.head.sample, h, 1) / evals / K
     samples = count_flops(model.head.sample, h, config.num_samples) / evals / K
     aux = count_flops(model.aux, h) / model.aux_every / K if config.aux_weight > 0 else 0.0
@@ -696,23 +701,24 @@ def show_step(model, chunks):
     score = energy_score(z, y, c.alpha)                            # (T,)
 
     flops = flops_per_token(c, model.autoencoder.config)
-    rows = [(f"text in chunks of K = {c.chunk_size} tokens", chunks, "section 2", 0),
-            ("x: a vector for each, but the last", x, "section 3.3", 3 * flops["inputs"]),
-            ("h: hidden states", h, "section 3.3", 3 * flops["transformer"]),
+    rows = [(f"text in chunks of K = {c.chunk_size} tokens", chunks[0], "section 2", 0),
+            ("x: an input vector for each but the last", x[0], "section 3.3", 3 * flops["inputs"]),
+            ("h: hidden states", h[0], "section 3.3", 3 * flops["transformer"]),
             ("z: N samples of each next vector", z, "section 3.2", 3 * flops["samples"]),
-            ("mean, log_std: its posterior", mean, "section 2.2", flops["encode"]),
-            ("y: M samples of the posterior", y, "equation 12", 0),
+            ("mean, log_std: each true chunk's posterior", mean, "section 2.2", flops["encode"]),
+            ("y: M samples of that posterior", y, "equation 12", 0),
             ("energy loss at each position", score, "equation 12", 0)]
     if c.aux_weight > 0:
-        rows.append(("auxiliary loss at each token", chunks[0, 1:], "ours", 3 * flops["aux"]))
-    print(f"{'step':40}{'shape':16}{'paper':13}training FLOPs")
+        rows.append(("auxiliary loss, a softmax for each token", chunks[0, 1:], "ours",
+                     3 * flops["aux"]))
+    print(f"{'step':44}{'shape':16}{'paper':13}training FLOPs")
     for step, value, paper, cost in rows:
         share = f"{cost / flops['train']:6.1%}" if cost else ""
-        print(f"{step:40}{str(tuple(value.shape)):16}{paper:13}{share}".rstrip())
+        print(f"{step:44}{str(tuple(value.shape)):16}{paper:13}{share}".rstrip())
 
     metrics = model.loss(chunks.flatten(1))[1]
     print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-    print(f"FLOPs a token: training {flops['train']:.3e}, inference {flops['inference']:.3e}")
+    print(f"FLOPs per token: training {flops['train']:.3e}, inference {flops['inference']:.3e}")
 
 
 def main():
@@ -722,6 +728,7 @@ def main():
     from data.console import clean_end
     from data.prepare import encode, get_tokenizer
     from sample import load_model
+    from train import make_model, parse_args
 
     with clean_end():
         torch.manual_seed(0)
@@ -730,14 +737,12 @@ def main():
             tokenizer = load_tokenizer(checkpoint)
         else:
             print("random weights, whose samples are all zero: `python train.py` trains some\n")
-            sizes = dict(latent_dim=32, n_embd=128, n_ff=344)
-            model = CALM(CALMConfig(**sizes, n_layer=4, n_head=2, n_head_layer=1, block_size=128),
-                         Autoencoder(AutoencoderConfig(**sizes))).eval()
+            model = make_model("calm", parse_args(["--preset", "nano", "--device", "cpu"])).eval()
             tokenizer = get_tokenizer("bytes")
 
         K = model.chunk_size
         T = min(model.config.block_size, 18)                       # chunks to read, before the last
-        text = encode(tokenizer, TEXT * K)[:(T + 1) * K]
+        text = encode(tokenizer, TEXT * K)[:(T + 1) * K]           # long enough for any K
         chunks = torch.tensor(text).view(1, T + 1, K)
         show_step(model, chunks)
 

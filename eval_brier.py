@@ -77,10 +77,10 @@ def score_windows(model, tokens, stride, S, temperature=1.0, **sampling):
 def score_by_rollout(model, tokens, stride, S, temperature=1.0, **sampling):
     """`score_windows` where four tokens take several steps: for AR, and for CALM with K < 4.
 
-    With one step a chunk, the probability of an n-gram is a product over steps. So
+    A step draws one chunk, so the probability of an n-gram is a product over steps:
 
-        E[1[a = y]] = P(y)                             follows the true text, y
-        E[1[a = b]] = sum_x P(x)^2 = E_{a ~ P}[P(a)]   follows a text of the model's own, a
+        E[1[a = y]] = P(y), along the true text y
+        E[1[a = b]] = sum_x P(x)^2 = E_{a ~ P}[P(a)], along a text a that the model draws itself
     """
     K = model.chunk_size
     steps = math.ceil(4 / K)
@@ -89,8 +89,8 @@ def score_by_rollout(model, tokens, stride, S, temperature=1.0, **sampling):
     hidden = model.hidden(tokens[:, :-K], cache)                   # (B, W/K - 1, D)
     chunks = tokens.unflatten(1, (-1, K))                          # (B, W/K, K)
     scores = []
-    # From the last start to the first: what follows a start in the cache is overwritten by a text
-    # of the model's own, which an earlier start does not see.
+    # From the last start to the first: the cache after a start is overwritten by what the model
+    # draws there, and an earlier start does not look at it.
     for start in reversed(starts):
         chunk = start // K                                         # is predicted by h of chunk - 1
         cache.length = chunk
@@ -100,28 +100,28 @@ def score_by_rollout(model, tokens, stride, S, temperature=1.0, **sampling):
 
 
 def score_start(model, cache, hidden, truth, S, temperature, **sampling):
-    """One start of `score_by_rollout`: hidden (B, steps, D), which predict truth (B, steps, K)
-    -> (2, B, 4)."""
-    hit = torch.ones(len(truth), 1, device=truth.device)     # chance that all steps so far hit
-    same = torch.ones(len(truth), 1, device=truth.device)    # chance that another draw is a so far
-    hits = []
+    """The n-grams that begin at one start: hidden (B, steps, D) predict the true chunks, truth
+    (B, steps, K) -> (2, B, 4). The cache holds what comes before."""
+    P_y = torch.ones(len(truth), 1, device=truth.device)     # probability of the true steps so far
+    P_a = torch.ones(len(truth), 1, device=truth.device)     # probability of the drawn steps so far
+    hits = []                                                # for each length of an n-gram
     collisions = []
-    path_h = hidden[:, 0]
+    h_a = hidden[:, 0]                                       # h along the drawn text
     for step in range(truth.shape[1]):
         agree = agreement(model, hidden[:, step], truth[:, step], S, temperature, **sampling)
-        hits.append(hit * agree)                                   # (B, K)
-        hit = hit * agree[:, -1:]
+        hits.append(P_y * agree)                                   # (B, K)
+        P_y = P_y * agree[:, -1:]
 
-        a = draw(model, path_h, temperature, **sampling)[0]        # (B, K): the path's next chunk
-        agree = agreement(model, path_h, a, S - 1, temperature, **sampling)
-        if isinstance(model, AR):   # of one token, and known exactly: sum_x P(x)^2
-            p = model.probabilities(path_h, temperature)           # (B, V)
-            collisions.append(same * p.square().sum(-1, keepdim=True))
+        a = draw(model, h_a, temperature, **sampling)[0]           # (B, K): the next drawn chunk
+        agree = agreement(model, h_a, a, S - 1, temperature, **sampling)
+        if isinstance(model, AR):   # for one token the sum over all x is known exactly
+            p = model.probabilities(h_a, temperature)              # (B, V)
+            collisions.append(P_a * p.square().sum(-1, keepdim=True))
         else:
-            collisions.append(same * agree)                        # (B, K)
-        same = same * agree[:, -1:]
+            collisions.append(P_a * agree)                         # (B, K)
+        P_a = P_a * agree[:, -1:]
         if step + 1 < truth.shape[1]:
-            path_h = model.hidden(a, cache)[:, -1]                 # (B, D)
+            h_a = model.hidden(a, cache)[:, -1]                    # (B, D)
     return torch.stack([torch.cat(hits, 1)[:, :4], torch.cat(collisions, 1)[:, :4]])
 
 
@@ -147,7 +147,7 @@ def evaluate(model, data, device, dtype, windows=375, stride=None, context=None,
     windows: of `context` tokens each (default: the model's context), spread evenly over the split.
     stride: from one n-gram's start to the next, in tokens (default: ngram_stride of the model's K).
     Each n-gram has the window before it as context. At one stride it is the same n-grams for any
-    model. num_draws: S, samples a position. sampling: other arguments of `draw`.
+    model. num_draws: S, samples per position. sampling: other arguments of `draw`.
     """
     K = model.chunk_size
     longest = model.config.block_size * K
@@ -239,20 +239,20 @@ def parse_args():
     add_model_flags(add)
     add("--data", help="data set under data/; None: the one it was trained on")
     add("--windows", type=within(1), help="validation windows; None: 375, or 32 with --frontier")
-    add("--num_draws", type=within(2, 1000), default=4, help="S: samples a position, at least 2")
+    add("--num_draws", type=within(2, 1000), default=4, help="S: samples per position")
     add("--stride", type=within(4),
         help="tokens from one n-gram's start to the next; None: the run's")
-    add("--context", type=within(8), help="tokens a window; None: the model's context")
+    add("--context", type=within(8), help="tokens per window; None: the model's context")
     add("--frontier", action="store_true", help="accuracy and collision of each setting below")
     add("--temperatures", type=within(1e-6, 1, float), nargs="+",
-        help="of --frontier; None: 1 to 0.33")
-    add("--candidates", type=within(1, 1 << 20), nargs="+", help="of --frontier; None: 200")
+        help="for --frontier; None: 1 to 0.33")
+    add("--candidates", type=within(1, 1 << 20), nargs="+", help="for --frontier; None: 200")
     add("--plot", nargs="+", metavar=("SVG", "RUN"),
         help="draw logs of runs, or of folders of runs")
     add("--x", default="flops", choices=("flops", "inference_flops"),
-        help="of --plot: FLOPs of training, or of a token in inference")
+        help="for --plot: FLOPs of training, or per token in inference")
     add("--json", action="store_true",
-        help="end with one JSON object on a line; with --frontier one a row")
+        help="end with one JSON object on a line; with --frontier one per row")
     args = parser.parse_args()
     if (args.temperatures or args.candidates) and not args.frontier:
         fail("--temperatures and --candidates are for --frontier: add it")

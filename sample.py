@@ -4,9 +4,9 @@ loading of a trained model.
 
     python sample.py --start "def main(" --temperature 0.5 --chunks
 
-A softmax is sharpened by dividing its logits. CALM has no logits, only samples. But the chance
-that n samples are all the same chunk x is P(x)^n, which is a draw at the temperature 1/n. So a low
-temperature is a matter of drawing more, and of keeping what repeats itself.
+A softmax is sharpened by dividing its logits by a temperature T. CALM has no logits, only samples.
+But n samples are all the same chunk x with probability P(x)^n: if they are all the same, they are
+a draw at T = 1/n. A low temperature is a matter of drawing more, and of keeping what repeats.
 
 Shapes: B texts, K tokens in a chunk, D width of h, N candidates.
 """
@@ -46,12 +46,14 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
                     if x = x_1: return x_1
                     with probability a / i: go to start
 
-    The loop returns x_1 with probability P(x_1)^a, so that what is returned is ~ P^(n + a).
+    The loop over i returns x_1 with probability P(x_1)^a (it sums the binomial series of P^a), so
+    that what is returned is ~ P^(n + a).
 
-    Here many rows walk through these lines side by side, each through samples of its own.
-    draw(n) -> n samples of every row (n, batch, K)
+    Here many rows go through these lines side by side, each with samples of its own, and each may
+    be at another line: `count` says at which, by the samples in its current attempt.
+    draw(n) -> n samples for every row (n, batch, K)
     -> tokens (batch, K), samples that each row took (batch,). A row that is not done after
-    max_calls samples gets what Algorithm 2 chooses from 200 more.
+    max_calls samples gets what Algorithm 2 picks from 200 more.
     """
     n = math.floor(1 / temperature)
     a = 1 / temperature - n
@@ -73,7 +75,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
             first = torch.where(starting[:, None], x, first)
             equal = (x == first).all(-1)                           # (batch,)
             all_equal = (all_equal | starting) & equal
-            i = count - n                                          # above 0: in the loop over i
+            i = count - n                                          # from 1 on: in the loop over i
 
             if a == 0:
                 accepted = active & all_equal & (i == 0)
@@ -100,7 +102,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
 
 def temperature_batch(samples, temperature):
     """Algorithm 2: from N candidates, samples (N, batch, K) of P, pick one of each row
-    -> tokens (batch, K), about ~ P^(1/T) / Z, for any T in (0, 1].
+    -> tokens (batch, K), ~ P^(1/T) / Z but for a bias that vanishes with N, for any T in (0, 1].
 
     Let 1/T = n, a whole number, and c how often a chunk is among the candidates. There are
     C(c, n) ways to take n of its copies, so it is picked with a weight of C(c, n). For example,
@@ -108,8 +110,8 @@ def temperature_batch(samples, temperature):
 
         a: C(3, 2) = 3      b: C(2, 2) = 1      c: C(1, 2) = 0
 
-    a is picked with probability 3/4, b with 1/4, c never. With more candidates C(c, n) grows as
-    c^n, so the pick tends to P^n. If no chunk is there n times, the paper tries n - 1, and so on;
+    a is picked with probability 3/4, b with 1/4, c never. For many candidates C(c, n) is in
+    proportion to c^n, and c to P. If no chunk is there n times, the paper tries n - 1, and so on;
     here n becomes the largest count at once, which is the same.
 
     Ours: any T. The binomial coefficient is C(c, s) = G(c + 1) / (G(s + 1) G(c - s + 1)) with
@@ -181,8 +183,8 @@ def pad_front(prompt, chunk_size, eot):
 def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling):
     """Continue prompt (B, P), P from 0 to the context. Yields tokens (B, K) as they are drawn.
 
-    eot: the border token, which ends a text. Behind its first one a text has nothing else; when
-    all texts have ended, this stops. None: it goes on and on.
+    eot: the border token, which ends a text: from its first one on a text has nothing else, and
+    when all texts have ended, this stops. None: it never stops.
     A text that outgrows the context goes on with the last half of it.
     sampling: other arguments of `draw`.
     """
@@ -312,7 +314,7 @@ def add_model_flags(add):
     add("--model", default="calm", choices=("calm", "ar"), help="which of its models")
     add("--official", metavar="DIR", help="a model that the authors published, in place of a run")
     add("--num_evals", type=within(1, 1000),
-        help="of a flow or diffusion head: evaluations a sample")
+        help="evaluations per sample of a flow or diffusion head")
     add("--seed", type=within(0, (1 << 20) - 1), default=0,
         help="of the samples: same seed, same text")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -386,7 +388,7 @@ def main():
         add = parser.add_argument
         add_model_flags(add)
         add("--tokenizer",
-            help="of --official: Llama 3's tiktoken-format file; None: DIR/tokenizer.model")
+            help="with --official: Llama 3's file; None: DIR/tokenizer.model")
         add("--start", default="", help="the prompt, or - for stdin; empty starts a document")
         add("--max_new_tokens", type=within(1), default=500,
             help="tokens, if the document does not end before")
@@ -395,9 +397,9 @@ def main():
         add("--sampler", default="batch", choices=("batch", "exact"),
             help="Algorithm 2 (fast) or 1 (exact)")
         add("--num_candidates", type=within(1, 1 << 20), default=200,
-            help="of batch: candidates, at least 1/T")
+            help="for batch: candidates per chunk, at least 1/T")
         add("--max_calls", type=within(1), default=10_000,
-            help="of exact: calls a chunk, then batch takes over")
+            help="for exact: samples per chunk, then batch takes over")
         args = parser.parse_args()
         if args.tokenizer and not args.official:
             fail("--tokenizer is for --official: a run has the tokenizer of its data")

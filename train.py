@@ -7,17 +7,16 @@ Training: stage 1 is the autoencoder, stage 2 is CALM (or AR, the token-by-token
 
 In this order: what is trained and how (presets), flags, Muon, one step, the loop, the whole road.
 
-Every batch and every noise is a function of the seed and the step. So a run that was stopped and
-resumed is the run that nobody stopped, and several processes make the same steps as one.
+Every batch and all noise are functions of the seed and the step. So a run that was stopped and
+resumed ends with the weights of one that was not, and several processes make the steps of one.
 """
-import inspect
 import math
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +27,7 @@ from autoencoder import Autoencoder, AutoencoderConfig
 from calm import AR, CALM, HEADS, ARConfig, CALMConfig, flops_per_token
 from data.checkpoint import (append_log, check_fits, load_checkpoint, rewind_log, save_checkpoint,
                              saved_settings)
-from data.console import Parser, clean_end, fail, within
+from data.console import Parser, add_fields, clean_end, fail, within
 from data.machine import Machine, select_device, select_dtype
 from data.prepare import load_data
 from sample import cast_matrices, continue_text
@@ -42,8 +41,8 @@ STAGES = ("autoencoder", "calm", "ar")
 @dataclass
 class TrainConfig:
     """How a stage is trained. The defaults are the paper's (section 6) for CALM."""
-    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for inner matrices; AdamW has the rest
-    lr: float = 3e-4           # peak learning rate of AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for matrices, except those of tokens
+    lr: float = 3e-4           # peak learning rate of AdamW, for all that Muon does not have
     muon_lr: float = 0.01      # peak learning rate of Muon
     weight_decay: float = 0.1  # of matrices; vectors have none
     grad_clip: float = 1.0     # largest norm of the gradient
@@ -55,29 +54,30 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.grad_clip == 0:
-            raise ValueError("grad_clip must be above 0, not 0: 1e9 clips nothing")
+            raise ValueError("grad_clip must be above 0; 1e9 clips nothing")
         if self.decay_frac > 1:
             raise ValueError(f"decay_frac must be at most 1, not {self.decay_frac}")
 
 
-# The paper's recipe, for models of four sizes.
+# The paper's recipe, for models of four sizes. ae_ stands before what is the autoencoder's.
 PAPER = dict(latent_dim=128, n_head=16, block_size=2048,
              ae_warmup_steps=1000, ae_max_steps=30_000, ae_batch_size=2)
 
 # Ours, for minutes in place of weeks. data/RESULTS.md has what each difference is worth.
 SMALL = dict(latent_dim=32, n_head_layer=1,
              num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5,
-             optimizer="muon", lr=2e-2, warmup_steps=50, decay_frac=0.8, grad_accum=1,
+             optimizer="muon", lr=2e-2,   # AdamW's: for token tables, norms and biases only
+             warmup_steps=50, decay_frac=0.8, grad_accum=1,
              ae_n_embd=128, ae_n_ff=64,
              ae_optimizer="muon", ae_lr=6e-3, ae_warmup_steps=50, ae_decay_frac=0.8,
              ae_batch_size=8, ae_grad_accum=1)
 
-# A preset is a set of defaults for the flags. Its latent_dim and block_size are for chunks of four.
+# A preset is a set of defaults for the flags. latent_dim and block_size are those for K = 4.
 PRESETS = {
-    # Two cores of a laptop, in ten minutes.
+    # Two cores of a laptop, in less than ten minutes.
     "nano": SMALL | dict(n_layer=4, n_embd=128, n_head=2, n_ff=344, block_size=128,
                          batch_size=4, max_steps=5000, ae_max_steps=350),
-    # One GPU, in ten minutes.
+    # One GPU, in less than ten minutes.
     "mini": SMALL | dict(data="site-packages",
                          n_layer=8, n_embd=768, n_head=12, n_ff=2048, n_head_layer=2,
                          block_size=256, batch_size=16, grad_accum=2, lr=3e-3,
@@ -89,10 +89,10 @@ PRESETS = {
 }
 
 
-# --- The flags: one for every field of a config --------------------------------------------
+# --- The flags: one for every field of a config (plain argparse; training begins after it) -
 
-# The autoencoder's flags begin with --ae_ where CALM has a field of the same name; but in these
-# three both must agree, and they have one flag.
+# Where CALM has a field of the same name, the autoencoder's flag begins with --ae_. In these three
+# both must agree: one flag is for both.
 SHARED = {"vocab_size", "chunk_size", "latent_dim"}
 PREFIXED = {"n_embd", "n_ff", "n_layer", *(field.name for field in fields(TrainConfig))}
 
@@ -102,9 +102,9 @@ def flag(name, stage):
     return f"ae_{name}" if stage == "autoencoder" and name in PREFIXED else name
 
 
-# What a resumed run does not take from its checkpoint.
+# A resumed run takes all settings from its checkpoint, except these.
 OWN = {"resume", "out_dir", "device", "model"}
-# What it cannot change, for its weights and its optimizers are what they are.
+# It may change some by flags, but not these: the saved weights and optimizers depend on them.
 FIXED = {"preset", "optimizer", "ae_optimizer"}
 FIXED |= {flag(field.name, "calm") for field in fields(CALMConfig)}
 FIXED |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)}
@@ -112,28 +112,10 @@ FIXED |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)
 
 def config_of(config, args, stage, **given):
     """An instance of a config class, from the flags of its fields and what is given beside them."""
+    # vocab_size has no flag: it comes from the data, and is its default until they are open.
     values = {field.name: getattr(args, flag(field.name, stage), field.default)
               for field in fields(config)}
     return config(**values | given)
-
-
-def add_config_flags(group, config, stage="calm", skip=()):
-    """A flag for every field of a config class; its help is the comment beside the field."""
-    comments = re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.MULTILINE)
-    comments = dict(comments)
-    for field in fields(config):
-        if field.name in skip:
-            continue
-        how = {"default": field.default, "help": comments[field.name]}
-        if field.name == "head":
-            how["choices"] = list(HEADS)
-        elif field.type is int:
-            how["type"] = within(min(field.default, 1), 2**31 - 1)   # 0 only if it is the default
-        elif field.type is float:
-            how["type"] = within(0, 2**31 - 1, float)
-        else:
-            how["choices"] = get_args(field.type)   # of a Literal
-        group.add_argument(f"--{flag(field.name, stage)}", **how)
 
 
 def make_parser():
@@ -150,9 +132,9 @@ def make_parser():
     add("--resume", action="store_true",
         help="go on from the checkpoint in out_dir, with its settings")
     add("--flops", type=within(1, 1e30, float),
-        help="as many steps as cost this, the autoencoder included")
+        help="train for so many FLOPs, autoencoder included; wins over --max_steps")
     add("--match_flops", metavar="RUN",
-        help="--flops of what RUN's calm.pt and its autoencoder cost")
+        help="train for as many FLOPs as RUN's calm.pt was")
     add("--seed", type=within(0, (1 << 20) - 1), default=0, help="of weights, batches and noise")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
@@ -163,21 +145,24 @@ def make_parser():
     add("--eval_interval", type=within(1), default=500,
         help="steps between evaluations, with a checkpoint each")
 
-    group = parser.add_argument_group("model (AR has the same text as context)")
-    add_config_flags(group, CALMConfig, skip={"vocab_size"})
-    add_config_flags(parser.add_argument_group("training"), TrainConfig)
-    group = parser.add_argument_group("autoencoder")
-    add_config_flags(group, AutoencoderConfig, "autoencoder", skip=SHARED)
-    add_config_flags(group, TrainConfig, "autoencoder")
+    model = parser.add_argument_group("model (AR has the same text as context)")
+    add_fields(model, CALMConfig, skip={"vocab_size"}, choices={"head": list(HEADS)})
+    add_fields(parser.add_argument_group("training"), TrainConfig)
+    autoencoder = parser.add_argument_group("autoencoder")
+    ae_flag = partial(flag, stage="autoencoder")
+    add_fields(autoencoder, AutoencoderConfig, ae_flag, skip=SHARED)
+    add_fields(autoencoder, TrainConfig, ae_flag)
     return parser
 
 
 def parse_args(argv):
     """The settings of a run -> argparse.Namespace.
 
-    A given flag wins over the settings of the run that is resumed, they win over those of the run
-    that is matched, they over the preset, and the preset over the defaults of the configs.
+    Each setting comes from the first of these that has it: a flag, the run to --resume, the run of
+    --match_flops, the preset, the config class.
     """
+    # Parsed first to learn the preset and the runs. They become the parser's defaults, which --help
+    # shows too; so it waits for the second time.
     parser = make_parser()
     given = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
     parser.set_defaults(**preset_settings(given))
@@ -209,7 +194,7 @@ def parse_args(argv):
 
 
 def preset_settings(given):
-    """The settings of the preset that is asked for. Sizes that follow from the chunk's do so."""
+    """The settings of the preset, with the sizes that depend on --chunk_size made to fit it."""
     preset = given.preset
     if preset == "auto":
         preset = "mini" if select_device(given.device).type == "cuda" else "nano"
@@ -256,8 +241,8 @@ def make_model(stage, args, autoencoder=None):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024), for matrices: a step along their momentum, made orthogonal.
 
-    torch.optim.Muon computes in bfloat16, which takes seconds a step on a processor that has none.
-    This one does so only where bfloat16 is fast.
+    torch.optim.Muon computes in bfloat16. On a CPU that has no bfloat16 a step of it takes seconds;
+    this one computes in float32 there.
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
@@ -275,7 +260,7 @@ class Muon(torch.optim.Optimizer):
     def update(self, matrices, group):
         """A step of n matrices of one shape."""
         gradient = torch.stack([p.grad for p in matrices])         # (n, rows, columns)
-        state = self.state[matrices[0]]                            # that of all n together
+        state = self.state[matrices[0]]                            # the first one's is for all n
         if not state:
             state["average"] = torch.zeros_like(gradient)
         average = state["average"].lerp_(gradient, 1 - group["momentum"])
@@ -296,8 +281,8 @@ def orthogonal(g):
     a = 3.4445                                                     # Jordan's numbers
     b = -4.7750
     c = 2.0315
-    fast = select_dtype("auto", g.device)
-    x = g.to(torch.float32 if fast == torch.float16 else fast)
+    dtype = select_dtype("auto", g.device)
+    x = g.to(torch.float32 if dtype == torch.float16 else dtype)   # float16 has too small a range
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)       # so that no s is above 1
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -354,37 +339,38 @@ def set_rates(optimizers, step, config):
 def micro_batches(data, seed, machine, stage, step, count, batch_size, length):
     """This process's `count` micro-batches of a step -> tokens (batch_size, length), one by one.
 
-    Each begins with a seed of its own, so that the noise that the model draws for it is the same
-    on any number of processes.
+    Windows begin at any token of the text, so a chunk may, too. Each micro-batch has a seed of its
+    own, so that the model draws the same noise for it on any number of processes.
     """
     number = STAGES.index(stage)
     total = machine.size * count
     offsets = data.random_offsets("train", total * batch_size, length, (seed, number, step))
     for micro in range(machine.rank, total, machine.size):
+        # One number of the four: seed, stage, step, micro-batch.
         torch.manual_seed((seed << 40) + (number << 38) + (step << 12) + micro)
         own = offsets[micro * batch_size:(micro + 1) * batch_size]
         yield data.batch("train", own, length).to(machine.device)
 
 
-def train_step(compute, batches, count, optimizers, scaler, grad_clip, machine):
+def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
     """One optimizer step over `count` micro-batches -> their mean loss, the norm of its gradient.
 
-    compute: the model, perhaps compiled, perhaps one of several processes.
+    model: as it is, or compiled, or as DistributedDataParallel.
     """
     mean_loss = 0.0
     for micro, tokens in enumerate(batches, 1):
-        compute.require_backward_grad_sync = micro == count   # processes average once a step
+        model.require_backward_grad_sync = micro == count   # processes average once per step
         with machine.autocast():
-            loss, _ = compute(tokens)
+            loss, _ = model(tokens)
         scaler.scale(loss / count).backward()
         mean_loss = mean_loss + loss.detach() / count
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(compute.parameters(), grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     if norm.isfinite():   # asked once for all optimizers, before any of them moves a weight
         for optimizer in optimizers:
             optimizer.step()
-    compute.zero_grad()
+    model.zero_grad()
     scaler.update()       # float16: a smaller scale after a norm that was not finite
     return mean_loss, norm
 
@@ -432,41 +418,42 @@ class Stage:
         self.scaler = torch.amp.GradScaler(machine.device.type,
                                            enabled=machine.dtype == torch.float16)
 
-        targets = {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[name]
-        self.window = args.context + targets                       # tokens in a training window
-        self.count = math.ceil(self.config.grad_accum / machine.size)   # micro-batches a process
+        more = {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[name]    # only predicted
+        self.window = args.context + more                          # tokens in a training window
+        self.count = math.ceil(self.config.grad_accum / machine.size)   # micro-batches per process
         self.tokens_per_step = machine.size * self.count * self.config.batch_size * args.context
         self.token_flops = token_flops
         self.flops_before = flops_before
-        self.done = False
         self.first_step = 1
         self.tokens_before = 0                                     # read before first_step
+        self.finished = False                                      # is there nothing left to do?
         if self.path.exists():
             self.resume()
-        elif (args.out_dir / f"{args.model}.pt").exists():
+        elif (args.out_dir / f"{args.model}.pt").exists():         # a CALM without its autoencoder
             fail(f"{self.path}, which {args.model}.pt was trained with, is gone: put it back")
 
     def resume(self):
-        """Go on from this stage's checkpoint. It is an error if nobody asked for that, but for a
-        finished autoencoder, which CALM is trained on."""
+        """Go on from this stage's checkpoint. That needs --resume, with one exception: CALM may
+        always be trained on a finished autoencoder."""
         checkpoint = load_checkpoint(self.path, self.name)
         check_fits(checkpoint, self.path, self.model.config, self.data)
-        self.done = checkpoint["done"]
-        asked_for = self.name == self.args.model
-        if not self.args.resume and (asked_for or not self.done):
-            state = "already trained" if self.done else "unfinished"
+        done = checkpoint["done"]
+        self.finished = done and self.name != self.args.model      # --model may get more steps
+        if not self.finished and not self.args.resume:
+            state = "already trained" if done else "unfinished"
             fail(f"{self.path} is {state} (step {checkpoint['step']:,}): add --resume to go on, "
                  "or use another --out_dir")
-        self.done = self.done and not asked_for                    # which may get more steps
 
         self.model.load_state_dict(checkpoint["model"])
+        self.first_step = checkpoint["step"] + 1
+        self.tokens_before = checkpoint["tokens"]
+        if self.finished:
+            return
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizers"]):
-            settings = optimizer.state_dict()                      # rates, as this call's flags say
+            settings = optimizer.state_dict()                      # the rates of this call's flags
             optimizer.load_state_dict(settings | {"state": saved["state"]})
         if checkpoint["scaler"]:                                   # empty, unless it was float16
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.first_step = checkpoint["step"] + 1
-        self.tokens_before = checkpoint["tokens"]
 
     def set_budget(self, total):
         """Set max_steps so that the FLOPs of all stages come as close to `total` as they can."""
@@ -481,7 +468,7 @@ class Stage:
         if steps == 0 and not resumed:
             steps = 1
         self.config.max_steps = self.first_step - 1 + steps
-        self.args.max_steps = self.config.max_steps                # which a resumed run asks for
+        self.args.max_steps = self.config.max_steps                # saved: a resumed run has it
 
     def tokens_at(self, step):
         """Tokens that this stage has read after `step`."""
@@ -512,13 +499,20 @@ class Stage:
             return
         settings = {name: value for name, value in vars(self.args).items() if name not in OWN}
         save_checkpoint(self.path, {
-            "kind": self.name, "config": asdict(self.model.config),
+            "kind": self.name,
+            "config": asdict(self.model.config),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(), "random": {"seed": self.args.seed, "step": step},
-            "step": step, "done": step >= self.config.max_steps, "tokens": self.tokens_at(step),
-            "flops": self.flops_at(step), "settings": settings, "data": self.data.meta,
-            **self.extra})
+            "scaler": self.scaler.state_dict(),
+            "random": {"seed": self.args.seed, "step": step},      # all noise follows from these
+            "step": step,
+            "done": step >= self.config.max_steps,
+            "tokens": self.tokens_at(step),
+            "flops": self.flops_at(step),
+            "settings": settings,
+            "data": self.data.meta,
+            **self.extra,
+        })
 
     def describe(self):
         """The line that a stage begins with."""
@@ -537,16 +531,16 @@ def train(stage):
     args = stage.args
     config = stage.config
     machine = stage.machine
-    if stage.done:
+    if stage.finished:
         machine.say(f"{stage.name}: {stage.path} is finished, and used as it is")
         return stage.flops_at(stage.first_step - 1)
     if stage.first_step - 1 > config.max_steps:
         fail(f"{stage.path} is at step {stage.first_step - 1:,}: "
              f"--{flag('max_steps', stage.name)} must be at least that")
     machine.say(stage.describe())
-    compute = torch.compile(stage.model) if machine.compiles else stage.model
+    model = torch.compile(stage.model) if machine.compiles else stage.model
     if machine.size > 1:
-        compute = DistributedDataParallel(compute)
+        model = DistributedDataParallel(model)
     earlier = rewind_log(stage.log, stage.name, stage.first_step - 1) if machine.is_first else 0.0
     started = time.time() - earlier
     bar = tqdm(total=config.max_steps, initial=stage.first_step - 1, desc=stage.name, unit="step",
@@ -557,14 +551,15 @@ def train(stage):
         set_rates(stage.optimizers, step, config)
         batches = micro_batches(stage.data, args.seed, machine, stage.name, step, stage.count,
                                 config.batch_size, stage.window)
-        loss, norm = train_step(compute, batches, stage.count, stage.optimizers, stage.scaler,
+        loss, norm = train_step(model, batches, stage.count, stage.optimizers, stage.scaler,
                                 config.grad_clip, machine)
         machine.show(bar.update)
 
         last = step == config.max_steps
         evaluating = last or step % args.eval_interval == 0
         stopping = machine.any_interrupted()
-        broken = not norm.isfinite() and stage.scaler.get_scale() <= 1   # float16 lowers it first
+        # A float16 run first tries smaller scales, down to 1, where others always are.
+        broken = not norm.isfinite() and stage.scaler.get_scale() <= 1
         if not (evaluating or stopping or broken or step == 1 or step % args.log_interval == 0):
             continue
         loss = machine.mean(loss)

@@ -3,11 +3,14 @@ What the command lines share: flags, one-line errors, and a clean end whatever h
 Nothing here is needed to understand CALM.
 """
 import argparse
+import inspect
 import os
 import re
 import signal
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import get_args
 
 from tqdm import tqdm
 
@@ -39,6 +42,29 @@ def within(low, high=float("inf"), kind=int):
         raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]")
 
     return number
+
+
+def add_fields(group, config, flag=str, skip=(), choices={}):
+    """Add a flag for every field of a dataclass. Its help is the comment beside the field.
+
+    flag(field name) -> the flag's name. skip: fields without one. choices: {field name: values}.
+    Whole numbers are from 1 on, or from 0 where that is the default; other numbers from 0 on.
+    """
+    comments = re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.MULTILINE)
+    comments = dict(comments)
+    for field in fields(config):
+        if field.name in skip:
+            continue
+        how = {"default": field.default, "help": comments[field.name]}
+        if field.name in choices:
+            how["choices"] = choices[field.name]
+        elif field.type is int:
+            how["type"] = within(min(field.default, 1), 2**31 - 1)
+        elif field.type is float:
+            how["type"] = within(0, 2**31 - 1, float)
+        else:
+            how["choices"] = get_args(field.type)   # of a Literal
+        group.add_argument(f"--{flag(field.name)}", **how)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from data.checkpoint import read_log
 from data.console import fail
 
-X_LABELS = {"flops": "training FLOPs", "inference_flops": "inference FLOPs a token"}
+X_LABELS = {"flops": "training FLOPs", "inference_flops": "inference FLOPs per token"}
 # Colours that colour-blind readers tell apart, too; the markers differ as well.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9")
 WIDTH = 720

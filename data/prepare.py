@@ -150,7 +150,7 @@ def documents(path, known):
     """The documents of one file, by its kind. known: the name of a known data set, or None."""
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     with open_source(path, known) as stream:
-        if known == "wikitext103-test":   # one a title
+        if known == "wikitext103-test":   # a document begins at each title
             yield from re.split(rb"^(?= = [^=\n].* = \n)", stream.read(), flags=re.MULTILINE)
         elif kind in (".json", ".jsonl"):
             yield from json_lines(stream, path)

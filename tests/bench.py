@@ -82,15 +82,15 @@ def parts_of_a_step(model, tokens, machine):
              "head": lambda: model.head.sample(h, c.num_samples),
              "energy_score": score,
              "autoencoder": lambda: model.autoencoder.encode(chunks)[0]}
-    if c.head != "energy":   # it trains on one evaluation a sample, and without the energy score
+    if c.head != "energy":   # it trains on one evaluation per sample, without the energy score
         parts["head"] = lambda: model.head.loss(h, mean, log_std)
         del parts["energy_score"]
     return parts
 
 
 def training(model, args, machine, seconds):
-    """-> tokens a second, peak memory in GB, FLOPs that large matrix products make in the time of a
-    step, and the share of each part in that time."""
+    """-> tokens per second, peak memory in GB, FLOPs that large matrix products make in the time
+    of a step, and the share of each part in that time."""
     device = machine.device
     config = train.config_of(train.TrainConfig, args, "calm")
     length = args.context + args.chunk_size
@@ -137,7 +137,7 @@ def training(model, args, machine, seconds):
 
 
 def generation(calm, ar, args, machine, seconds):
-    """Tokens a second behind a prompt of two chunks, within the context, of one text and of 32."""
+    """Tokens per second after a prompt of two chunks, within the context, of one text and of 32."""
     K = args.chunk_size
     new = max(1, min(args.block_size, 64) - 2) * K
     few = max(new // 4 // K, 1) * K   # where it is slow
