@@ -247,7 +247,7 @@ def main():
     from data.machine import select_device
     from data.prepare import load_data
 
-    with clean_end("lower --windows"):
+    with clean_end(when_memory_is_full="lower --windows"):
         parser = Parser(description="How faithful, how robust is an autoencoder's latent space?")
         add = parser.add_argument
         add("--out_dir", default=DEFAULT_RUN, help="the run's folder, with autoencoder.pt")

@@ -52,7 +52,7 @@ class CALMConfig:
     aux_weight: float = 0.0        # weight of CALM.auxiliary_loss, which is ours, not the paper's
 
     def __post_init__(self):
-        check_heads(self.n_embd, self.n_head)
+        check_attention_heads(self.n_embd, self.n_head)
         if self.head not in HEADS:   # which follows the heads, further down
             raise ValueError(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
         if self.num_samples < 2:
@@ -73,10 +73,10 @@ class ARConfig:
     block_size: int = 2048         # context in tokens
 
     def __post_init__(self):
-        check_heads(self.n_embd, self.n_head)
+        check_attention_heads(self.n_embd, self.n_head)
 
 
-def check_heads(n_embd, n_head):
+def check_attention_heads(n_embd, n_head):
     """Raise ValueError unless all attention heads get the same width, and it is even."""
     if n_embd % (2 * n_head) != 0:
         raise ValueError(f"n_embd {n_embd} must be divisible by 2 n_head, {2 * n_head}")
@@ -87,7 +87,7 @@ def check_heads(n_embd, n_head):
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # On the CPU: real numbers also where a model is built without memory, on the device "meta".
+    # On the CPU, also if the model is on the device "meta": no checkpoint has these numbers.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)                                     # (positions, hs)
@@ -105,7 +105,7 @@ class KVCache:
 
     def __init__(self, block_size):
         self.block_size = block_size
-        self.length = 0     # filled positions; generation lowers it to forget the last ones
+        self.length = 0     # filled positions; to set it lower is to forget the last ones
         self.layers = {}    # layer -> keys and values (2, B, nh, block_size, hs)
 
     def write(self, layer, k, v):
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{end} positions, but the context is {self.block_size}")
 
         mask = None
-        if start > 0 and T > 1:   # several positions after cached ones: to these, and causally
+        if start > 0 and T > 1:   # each of several new ones attends to cached and earlier new ones
             mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start)    # (T, end)
         for layer in self.layers:
             x = layer(x, self.cos[start:end], self.sin[start:end], cache, mask)
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
 
 
 class EnergyBlock(nn.Module):
-    """x + down_proj(silu(g) * u), where g and u are an MLP of [LayerNorm(x), c], concatenated."""
+    """x + down_proj(silu(g) * u), where g and u are the halves of an MLP of [LayerNorm(x), c]."""
 
     def __init__(self, D):
         super().__init__()
@@ -203,7 +203,7 @@ class EnergyBlock(nn.Module):
 
     def forward(self, x, c):
         """x (N, ..., D), one per sample; c (..., D), the condition, one for all N samples."""
-        # The first layer is W [x, c] + b = W_x x + (W_c c + b), with one bracket for all samples.
+        # The first layer is W [x, c] + b = W_x x + (W_c c + b): the bracket once for all samples.
         first = self.linears[0]
         W_x, W_c = first.weight.chunk(2, dim=1)                    # (D, D) each
         mixed = F.linear(self.in_ln(x), W_x) + F.linear(c, W_c, first.bias)
@@ -240,7 +240,7 @@ class EnergyHead(nn.Module):
         self.mlp_blocks = nn.ModuleList([EnergyBlock(D) for _ in range(config.n_head_layer)])
         self.final_layer = FinalLayer(D, config.latent_dim)
         self.apply(init_weights)
-        nn.init.zeros_(self.final_layer.linears[2].weight)         # samples start at 0, then part
+        nn.init.zeros_(self.final_layer.linears[2].weight)         # all z = 0 until the first step
 
     def sample(self, h, n, noise=None):
         """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): U[-.5, .5]."""
@@ -280,10 +280,10 @@ def energy_score(z, y, alpha=1.0):
 def distances(x, y, alpha):
     """|x_n - y_m|^alpha: x (P, N, L), y (P, M, L) -> (P, N, M).
 
-    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, a matrix product: no (P, N, M, L) is ever built. Where two
-    points meet, the floor of 1e-10 makes the gradient zero, and not infinite.
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, a matrix product (-2 is called alpha by baddbmm, too): no
+    (P, N, M, L) is built. Where points meet, the floor of 1e-10 makes the gradient 0, not infinite.
     """
-    x2 = torch.linalg.vector_norm(x, dim=-1) ** 2                  # (P, N)
+    x2 = torch.linalg.vector_norm(x, dim=-1) ** 2                  # (P, N), less memory than x ** 2
     y2 = torch.linalg.vector_norm(y, dim=-1) ** 2                  # (P, M)
     squares = torch.baddbmm(x2[:, :, None] + y2[:, None, :], x, y.transpose(1, 2), alpha=-2)
     return squares.clamp_min(1e-10) ** (alpha / 2)
@@ -370,7 +370,7 @@ class CALM(nn.Module):
         at_once = max(1, 2**14 // positions)                       # at most 2^14 vectors
         z = [self.head.sample(h, min(at_once, n - done)) for done in range(0, n, at_once)]
         z = torch.cat(z)                                           # (n, ..., L)
-        logits_at_once = 2**27 if z.is_cuda else 2**23             # what a CPU's cache holds
+        logits_at_once = 2**27 if z.is_cuda else 2**23             # a CPU's cache holds 2^23
         rows = max(1, logits_at_once // (self.chunk_size * self.config.vocab_size))
         tokens = [self.autoencoder.decode(part).argmax(-1)
                   for part in z.flatten(0, -2).split(rows)]
@@ -411,7 +411,7 @@ class AR(nn.Module):
         return self.loss(tokens)
 
     def probabilities(self, h, temperature=1.0):
-        """Of the next token given h (..., D), at a softmax temperature -> (..., V)."""
+        """Those of the next token given h (..., D), at a softmax temperature -> (..., V)."""
         return (self.lm_head(h).float() / temperature).softmax(-1)
 
     def sample_chunks(self, h, n, temperature=1.0):
@@ -438,7 +438,8 @@ class AdaLNBlock(nn.Module):
 
 
 class TimeNet(nn.Module):
-    """(x_t, t, h) -> `out` numbers: the network of both, that of MAR's head (Li et al., 2024)."""
+    """(x_t, t, h) -> `out` numbers: the network of FlowHead and DiffusionHead, and before them of
+    MAR's head (Li et al., 2024)."""
 
     def __init__(self, config, out):
         super().__init__()
@@ -574,8 +575,8 @@ class DiffusionHead(TimeNet):
 
     def terms(self, z, noise, t, h):
         """Both parts of the loss at times t (...), means over L -> (...), (...): the squared error
-        of the noise, and the bits of the step back. From the bits only the variance learns: the
-        noise is detached there."""
+        of the noise, and the variational bound of a step back in bits, in which the predicted noise
+        is detached: from it only the variance learns."""
         schedule = self.train_schedule
         x_t = schedule.signal[t][..., None] * z + schedule.noise[t][..., None] * noise
         predicted, v = self(x_t, t, h).chunk(2, dim=-1)            # (..., L) each
@@ -606,6 +607,7 @@ class DiffusionHead(TimeNet):
         shape = (n, *h.shape[:-1], self.config.latent_dim)
         x = torch.randn(shape, device=h.device) if noise is None else noise
         schedule = self.sample_schedule
+        # i counts the steps of this chain; the network is told which of the 1000 it is.
         for i, step in reversed(list(enumerate(self.sample_steps))):
             t = torch.full(shape[:-1], step, device=h.device)
             predicted, v = self(x, t, h).chunk(2, dim=-1)
@@ -668,7 +670,7 @@ def calm_flops(config, autoencoder_config):
     tokens = torch.zeros(1, config.block_size * K).long()          # a whole context
     h = torch.zeros(1, config.n_embd)                              # a hidden state
     autoencoder = autoencoder_flops(autoencoder_config)
-    # All evaluations of the head's network cost the same: count one, or a flow's two.
+    # All evaluations of the head's network cost the same: two are enough, one is not for a flow.
     evals = min(config.num_evals, 2)
     model = CALM(replace(config, num_evals=evals), Autoencoder(autoencoder_config)).to("meta")
 

@@ -262,7 +262,7 @@ def parse_args():
 
 
 def main():
-    with clean_end("lower --num_draws or --context"):
+    with clean_end(when_memory_is_full="lower --num_draws or --context"):
         args = parse_args()
         if args.plot:
             plot(args.plot[0], args.plot[1:] or [args.out_dir], args.x)

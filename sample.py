@@ -46,12 +46,13 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
                     if x = x_1: return x_1
                     with probability a / i: go to start
 
-    The loop over i returns x_1 with probability P(x_1)^a (it sums the binomial series of P^a), so
-    that what is returned is ~ P^(n + a).
+    With p = P(x_1), the loop over i returns x_1 with probability
+    p sum_i (1 - p)^(i-1) prod_{j<i} (1 - a/j) = p p^(a-1) = p^a, by the binomial series.
+    So what is returned is ~ P^(n + a).
 
     Here many rows go through these lines side by side, each with samples of its own, and each may
     be at another line: `count` says at which, by the samples in its current attempt.
-    draw(n) -> n samples for every row (n, batch, K)
+    draw(count) -> so many samples for every row (count, batch, K)
     -> tokens (batch, K), samples that each row took (batch,). A row that is not done after
     max_calls samples gets what Algorithm 2 picks from 200 more.
     """
@@ -80,7 +81,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
             if a == 0:
                 accepted = active & all_equal & (i == 0)
             else:
-                accepted = active & equal & (i > 0)
+                accepted = active & equal & (i > 0)   # only rows whose n were all equal get there
             result = torch.where(accepted[:, None], first, result)
             done = done | accepted
 
@@ -115,7 +116,7 @@ def temperature_batch(samples, temperature):
     here n becomes the largest count at once, which is the same.
 
     Ours: any T. The binomial coefficient is C(c, s) = G(c + 1) / (G(s + 1) G(c - s + 1)) with
-    s = 1/T and the Gamma function G, for counts c from floor(s) on.
+    s = 1/T and the Gamma function G. It is positive for c > s - 1; smaller counts get no weight.
     """
     c = counts(samples).float()                                    # of each candidate, (N, batch)
     s = c.amax(0).clamp_max(1 / temperature)                       # (batch,)
@@ -141,8 +142,8 @@ def counts(samples):
 def draw(model, h, temperature=1.0, n=1, num_candidates=200, exact=None):
     """n next chunks for each h (B, D) at a temperature in (0, 1] -> tokens (n, B, K).
 
-    CALM draws by Algorithm 2 from num_candidates, or, if it is given, by `exact`, which is called
-    as temperature_exact is. AR needs neither: it has a softmax.
+    CALM draws by Algorithm 2 from num_candidates. exact: temperature_exact, perhaps with another
+    max_calls; then it draws by Algorithm 1. AR needs neither: it has a softmax.
     """
     if isinstance(model, AR):
         return model.sample_chunks(h, n, temperature)
@@ -165,7 +166,7 @@ def draw(model, h, temperature=1.0, n=1, num_candidates=200, exact=None):
 
 
 def pad_front(prompt, chunk_size, eot):
-    """Prompt (B, P) -> (B, P'), P' a positive multiple of K, with the border token eot in front.
+    """Prompt (B, P) -> (B, P'), P' a positive multiple of K, with the token eot in front.
 
     So a chunk ends where the prompt ends. (The authors put their padding inside the text.)
     """
@@ -183,9 +184,9 @@ def pad_front(prompt, chunk_size, eot):
 def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling):
     """Continue prompt (B, P), P from 0 to the context. Yields tokens (B, K) as they are drawn.
 
-    eot: the border token, which ends a text: from its first one on a text has nothing else, and
-    when all texts have ended, this stops. None: it never stops.
-    A text that outgrows the context goes on with the last half of it.
+    eot: the token that ends a text: from its first one on a text has nothing else, and when all
+    texts have ended, this stops. None: it does not stop there.
+    A text that outgrows the context goes on with the last half of the context.
     sampling: other arguments of `draw`.
     """
     check_sampling(temperature, **sampling)
@@ -201,23 +202,24 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling)
             unread = text[:, -max(context // 2, 1) * K:]
         h = model.hidden(unread, cache)                            # (B, T, D)
         new = draw(model, h[:, -1], temperature, **sampling)[0]    # (B, K)
-        unread = new
         if eot is not None:
             is_eot = new == eot
-            behind_eot = is_eot.cumsum(1) - is_eot.long() > 0      # in this chunk
-            new = new.masked_fill(ended[:, None] | behind_eot, eot)
+            after_eot = is_eot.cumsum(1) - is_eot.long() > 0       # in this chunk
+            new = new.masked_fill(ended[:, None] | after_eot, eot)
             ended = ended | is_eot.any(1)
         yield new
         if eot is not None and ended.all():
             return
+        unread = new
         text = torch.cat([text, new], dim=1)
 
 
-def check_sampling(temperature, num_candidates=math.inf, exact=None):
-    """Raise ValueError over a temperature that is none, or that needs more candidates."""
+def check_sampling(temperature, num_candidates=None, exact=None):
+    """Raise ValueError unless the temperature is in (0, 1], and there may be 1/T equal candidates,
+    if their number is given."""
     if not 0 < temperature <= 1:
         raise ValueError(f"temperature must be in (0, 1], not {temperature}")
-    if temperature < 1 and num_candidates < 1 / temperature:
+    if temperature < 1 and num_candidates and num_candidates < 1 / temperature:
         raise ValueError(f"num_candidates {num_candidates} is below 1/T = {1 / temperature:.1f}")
 
 
@@ -383,7 +385,7 @@ def read_prompt(args, tokenizer, context):
 
 
 def main():
-    with clean_end("lower --num_candidates"):
+    with clean_end(when_memory_is_full="lower --num_candidates"):
         parser = Parser(description="Write text with a trained model.")
         add = parser.add_argument
         add_model_flags(add)

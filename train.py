@@ -5,10 +5,11 @@ Training: stage 1 is the autoencoder, stage 2 is CALM (or AR, the token-by-token
     python train.py --preset S --data mine             # the paper's smallest model, on your text
     torchrun --nproc_per_node 8 train.py --preset M    # several GPUs, one process each
 
-In this order: what is trained and how (presets), flags, Muon, one step, the loop, the whole road.
+In this order: what is trained and how (presets), flags, Muon, one step, the loop, all of it.
 
 Every batch and all noise are functions of the seed and the step. So a run that was stopped and
-resumed ends with the weights of one that was not, and several processes make the steps of one.
+resumed ends with the same weights as an uninterrupted one, and several processes together make the
+same steps as a single one.
 """
 import math
 import sys
@@ -32,7 +33,7 @@ from data.machine import Machine, select_device, select_dtype
 from data.prepare import load_data
 from sample import cast_matrices, continue_text
 
-STAGES = ("autoencoder", "calm", "ar")
+KINDS = ("autoencoder", "calm", "ar")   # of models, stages and checkpoints
 
 
 # --- What is trained, and how --------------------------------------------------------------
@@ -91,29 +92,29 @@ PRESETS = {
 
 # --- The flags: one for every field of a config (plain argparse; training begins after it) -
 
-# Where CALM has a field of the same name, the autoencoder's flag begins with --ae_. In these three
-# both must agree: one flag is for both.
+# In these CALM and its autoencoder must agree: one flag is for both.
 SHARED = {"vocab_size", "chunk_size", "latent_dim"}
+# CALM has fields of these names, too: the autoencoder's flags begin with --ae_.
 PREFIXED = {"n_embd", "n_ff", "n_layer", *(field.name for field in fields(TrainConfig))}
 
 
-def flag(name, stage):
-    """The flag of a config's field, without its dashes."""
-    return f"ae_{name}" if stage == "autoencoder" and name in PREFIXED else name
+def flag(name, kind):
+    """The flag of a config's field, without its dashes. kind: one of KINDS."""
+    return f"ae_{name}" if kind == "autoencoder" and name in PREFIXED else name
 
 
-# A resumed run takes all settings from its checkpoint, except these.
+# A resumed run takes all settings from its checkpoint, except these, which are its own.
 OWN = {"resume", "out_dir", "device", "model"}
-# It may change some by flags, but not these: the saved weights and optimizers depend on them.
+# Flags may change settings, but not these: the saved weights and optimizers depend on them.
 FIXED = {"preset", "optimizer", "ae_optimizer"}
 FIXED |= {flag(field.name, "calm") for field in fields(CALMConfig)}
 FIXED |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)}
 
 
-def config_of(config, args, stage, **given):
+def config_of(config, args, kind, **given):
     """An instance of a config class, from the flags of its fields and what is given beside them."""
     # vocab_size has no flag: it comes from the data, and is its default until they are open.
-    values = {field.name: getattr(args, flag(field.name, stage), field.default)
+    values = {field.name: getattr(args, flag(field.name, kind), field.default)
               for field in fields(config)}
     return config(**values | given)
 
@@ -122,7 +123,7 @@ def make_parser():
     parser = Parser(usage="python train.py [flags]",
                     description="Train CALM, its autoencoder, or AR.")
     add = parser.add_argument_group("run").add_argument
-    add("--model", default="calm", choices=STAGES,
+    add("--model", default="calm", choices=KINDS,
         help="what to train; calm trains its autoencoder first")
     add("--preset", default="auto", choices=["auto", *PRESETS],
         help="auto: mini on CUDA, else nano")
@@ -149,7 +150,7 @@ def make_parser():
     add_fields(model, CALMConfig, skip={"vocab_size"}, choices={"head": list(HEADS)})
     add_fields(parser.add_argument_group("training"), TrainConfig)
     autoencoder = parser.add_argument_group("autoencoder")
-    ae_flag = partial(flag, stage="autoencoder")
+    ae_flag = partial(flag, kind="autoencoder")
     add_fields(autoencoder, AutoencoderConfig, ae_flag, skip=SHARED)
     add_fields(autoencoder, TrainConfig, ae_flag)
     return parser
@@ -161,8 +162,8 @@ def parse_args(argv):
     Each setting comes from the first of these that has it: a flag, the run to --resume, the run of
     --match_flops, the preset, the config class.
     """
-    # Parsed first to learn the preset and the runs. They become the parser's defaults, which --help
-    # shows too; so it waits for the second time.
+    # The first parse only finds the preset and the runs. Their settings become the defaults of the
+    # second, which is also the one that answers --help.
     parser = make_parser()
     given = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
     parser.set_defaults(**preset_settings(given))
@@ -178,7 +179,7 @@ def parse_args(argv):
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.out_dir = out_dir
-        for name in FIXED:
+        for name in FIXED:   # vocab_size, too: it has no flag, but is among the saved settings
             asked = getattr(args, name)
             if asked != saved[name]:
                 fail(f"{out_dir} has {name} {saved[name]}, this run asks for {asked}: "
@@ -188,7 +189,8 @@ def parse_args(argv):
         fail("--flops, --match_flops set the length of a CALM or AR run: drop it, "
              "or --model autoencoder")
     args.context = args.block_size * args.chunk_size   # in tokens
-    args.stride = eval_brier.ngram_stride(args.chunk_size)   # AR is scored where CALM is
+    # From one n-gram that BrierLM scores to the next: for AR as for CALM, so that they compare.
+    args.stride = eval_brier.ngram_stride(args.chunk_size)
     check_settings(args)
     return args
 
@@ -212,27 +214,28 @@ def settings_of(out_dir, kinds):
 
 def check_settings(args):
     """Fail if anything does not fit: now, and not after the autoencoder has been trained."""
-    for stage in STAGES:
+    for kind in KINDS:
         try:
-            config_of(TrainConfig, args, stage)
+            config_of(TrainConfig, args, kind)
             with torch.device("meta"):   # a model without memory
-                make_model(stage, args)
+                make_model(kind, args)
         except ValueError as error:   # whose text begins with the name of a field
             name, what = str(error).split(maxsplit=1)
-            fail(f"--{flag(name, stage)} {what}")
-    if args.context < args.stride + max(4, args.chunk_size) and args.model != "autoencoder":
+            fail(f"--{flag(name, kind)} {what}")
+    least = args.stride + max(4, args.chunk_size)   # something to read, then a chunk or four tokens
+    if args.context < least and args.model != "autoencoder":
         fail(f"--block_size {args.block_size} is too short a context for BrierLM: "
              "take a longer one")
 
 
-def make_model(stage, args, autoencoder=None):
-    """The model of a stage, with its first weights. autoencoder: CALM's; None: an untrained one."""
-    if stage == "autoencoder":
-        return Autoencoder(config_of(AutoencoderConfig, args, stage))
-    if stage == "calm":
+def make_model(kind, args, autoencoder=None):
+    """A model with its first weights. autoencoder: CALM's; None: an untrained one."""
+    if kind == "autoencoder":
+        return Autoencoder(config_of(AutoencoderConfig, args, kind))
+    if kind == "calm":
         autoencoder = autoencoder or make_model("autoencoder", args)
-        return CALM(config_of(CALMConfig, args, stage), autoencoder)
-    return AR(config_of(ARConfig, args, stage, block_size=args.context))
+        return CALM(config_of(CALMConfig, args, kind), autoencoder)
+    return AR(config_of(ARConfig, args, kind, block_size=args.context))
 
 
 # --- Optimizers ----------------------------------------------------------------------------
@@ -260,7 +263,7 @@ class Muon(torch.optim.Optimizer):
     def update(self, matrices, group):
         """A step of n matrices of one shape."""
         gradient = torch.stack([p.grad for p in matrices])         # (n, rows, columns)
-        state = self.state[matrices[0]]                            # the first one's is for all n
+        state = self.state[matrices[0]]                            # that of the first is for all n
         if not state:
             state["average"] = torch.zeros_like(gradient)
         average = state["average"].lerp_(gradient, 1 - group["momentum"])
@@ -336,17 +339,17 @@ def set_rates(optimizers, step, config):
 # --- One step ------------------------------------------------------------------------------
 
 
-def micro_batches(data, seed, machine, stage, step, count, batch_size, length):
+def micro_batches(data, seed, machine, kind, step, count, batch_size, length):
     """This process's `count` micro-batches of a step -> tokens (batch_size, length), one by one.
 
-    Windows begin at any token of the text, so a chunk may, too. Each micro-batch has a seed of its
-    own, so that the model draws the same noise for it on any number of processes.
+    Windows begin at any token of the text, so the borders of chunks fall anywhere. Each micro-batch
+    seeds torch anew, so that the model draws the same noise for it on any number of processes.
     """
-    number = STAGES.index(stage)
+    number = KINDS.index(kind)
     total = machine.size * count
     offsets = data.random_offsets("train", total * batch_size, length, (seed, number, step))
     for micro in range(machine.rank, total, machine.size):
-        # One number of the four: seed, stage, step, micro-batch.
+        # The seed is one number of four: seed, kind, step, micro-batch.
         torch.manual_seed((seed << 40) + (number << 38) + (step << 12) + micro)
         own = offsets[micro * batch_size:(micro + 1) * batch_size]
         yield data.batch("train", own, length).to(machine.device)
@@ -367,7 +370,8 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    if norm.isfinite():   # asked once for all optimizers, before any of them moves a weight
+    # As scaler.step would, but once for all optimizers, before any of them moves a weight.
+    if norm.isfinite():
         for optimizer in optimizers:
             optimizer.step()
     model.zero_grad()
@@ -382,11 +386,11 @@ def validate(stage, brier_windows):
     stage.model.eval()
     offsets = stage.data.even_offsets("val", 16, stage.window)
     tokens = stage.data.batch("val", offsets, stage.window).to(machine.device)
-    torch.manual_seed(0)   # it disturbs nothing: every training batch begins with its own seed
+    torch.manual_seed(0)   # the same noise each time; every training batch has a seed of its own
     with machine.autocast():
         _, metrics = stage.model.loss(tokens)
     metrics = {f"val_{name}": value.item() for name, value in metrics.items()}
-    if stage.name != "autoencoder" and brier_windows > 0:
+    if stage.kind != "autoencoder" and brier_windows > 0:
         result = eval_brier.evaluate(stage.model, stage.data, machine.device, machine.dtype,
                                      brier_windows, stage.args.stride)
         metrics["brierlm"] = result["brierlm"]
@@ -401,25 +405,26 @@ def validate(stage, brier_windows):
 class Stage:
     """A stage of training: a model, its optimizers, how far it has come, where that is kept."""
 
-    def __init__(self, name, model, args, data, machine, token_flops, flops_before=0.0, **extra):
+    def __init__(self, kind, model, args, data, machine, token_flops, flops_before=0.0, **extra):
         """token_flops: what training on a token costs; flops_before: what the stages before this
         one have cost; extra: what else belongs in the checkpoint."""
-        self.name = name
+        self.kind = kind
         self.args = args
         self.data = data
         self.machine = machine
         self.extra = extra
-        self.path = args.out_dir / f"{name}.pt"
+        self.path = args.out_dir / f"{kind}.pt"
         self.log = args.out_dir / "log.jsonl"
-        self.config = config_of(TrainConfig, args, name)
+        self.config = config_of(TrainConfig, args, kind)
 
         self.model = model.to(machine.device).train()
         self.optimizers = make_optimizers(model, self.config)
         self.scaler = torch.amp.GradScaler(machine.device.type,
                                            enabled=machine.dtype == torch.float16)
 
-        more = {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[name]    # only predicted
-        self.window = args.context + more                          # tokens in a training window
+        # A window has a context to read and, at its end, tokens that are only predicted.
+        only_predicted = {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[kind]
+        self.window = args.context + only_predicted                # in tokens
         self.count = math.ceil(self.config.grad_accum / machine.size)   # micro-batches per process
         self.tokens_per_step = machine.size * self.count * self.config.batch_size * args.context
         self.token_flops = token_flops
@@ -429,16 +434,19 @@ class Stage:
         self.finished = False                                      # is there nothing left to do?
         if self.path.exists():
             self.resume()
-        elif (args.out_dir / f"{args.model}.pt").exists():         # a CALM without its autoencoder
+        elif (args.out_dir / f"{args.model}.pt").exists():
+            # This is stage 1, and there is a CALM, but not the autoencoder it was trained with.
             fail(f"{self.path}, which {args.model}.pt was trained with, is gone: put it back")
 
     def resume(self):
         """Go on from this stage's checkpoint. That needs --resume, with one exception: CALM may
         always be trained on a finished autoencoder."""
-        checkpoint = load_checkpoint(self.path, self.name)
+        checkpoint = load_checkpoint(self.path, self.kind)
         check_fits(checkpoint, self.path, self.model.config, self.data)
         done = checkpoint["done"]
-        self.finished = done and self.name != self.args.model      # --model may get more steps
+        # With more steps asked for, what --model names is never finished. An autoencoder on the
+        # way to CALM is.
+        self.finished = done and self.kind != self.args.model
         if not self.finished and not self.args.resume:
             state = "already trained" if done else "unfinished"
             fail(f"{self.path} is {state} (step {checkpoint['step']:,}): add --resume to go on, "
@@ -483,12 +491,12 @@ class Stage:
         tokens = self.tokens_at(step)
         if metrics:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            self.machine.say(f"{self.name} step {step}: loss {loss:.4g}, {shown}")
+            self.machine.say(f"{self.kind} step {step}: loss {loss:.4g}, {shown}")
         self.machine.show(bar.set_postfix,
                           {"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}"})
         if self.machine.is_first:
             append_log(self.log, {
-                "stage": self.name, "chunk_size": self.args.chunk_size, "step": step, "loss": loss,
+                "stage": self.kind, "chunk_size": self.args.chunk_size, "step": step, "loss": loss,
                 "tokens": tokens, "seconds": round(seconds, 2),
                 "lr": self.optimizers[0].param_groups[0]["lr"], "flops": self.flops_at(step),
                 **metrics})
@@ -499,7 +507,7 @@ class Stage:
             return
         settings = {name: value for name, value in vars(self.args).items() if name not in OWN}
         save_checkpoint(self.path, {
-            "kind": self.name,
+            "kind": self.kind,
             "config": asdict(self.model.config),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -520,7 +528,7 @@ class Stage:
         steps = self.config.max_steps
         flops = self.token_flops * self.tokens_per_step * steps
         machine = self.machine
-        return (f"{self.name}: {parameters:,} parameters, {steps:,} steps of "
+        return (f"{self.kind}: {parameters:,} parameters, {steps:,} steps of "
                 f"{self.tokens_per_step:,} tokens, {flops:.2e} FLOPs, on {machine.size} x "
                 f"{machine.device.type} in {machine.dtype}"
                 f"{', compiled' if machine.compiles else ''}")
@@ -532,24 +540,26 @@ def train(stage):
     config = stage.config
     machine = stage.machine
     if stage.finished:
-        machine.say(f"{stage.name}: {stage.path} is finished, and used as it is")
+        machine.say(f"{stage.kind}: {stage.path} is finished, and used as it is")
         return stage.flops_at(stage.first_step - 1)
     if stage.first_step - 1 > config.max_steps:
         fail(f"{stage.path} is at step {stage.first_step - 1:,}: "
-             f"--{flag('max_steps', stage.name)} must be at least that")
+             f"--{flag('max_steps', stage.kind)} must be at least that")
     machine.say(stage.describe())
     model = torch.compile(stage.model) if machine.compiles else stage.model
     if machine.size > 1:
         model = DistributedDataParallel(model)
-    earlier = rewind_log(stage.log, stage.name, stage.first_step - 1) if machine.is_first else 0.0
-    started = time.time() - earlier
-    bar = tqdm(total=config.max_steps, initial=stage.first_step - 1, desc=stage.name, unit="step",
+    earlier_seconds = 0.0
+    if machine.is_first:
+        earlier_seconds = rewind_log(stage.log, stage.kind, stage.first_step - 1)
+    started = time.time() - earlier_seconds
+    bar = tqdm(total=config.max_steps, initial=stage.first_step - 1, desc=stage.kind, unit="step",
                disable=not machine.is_first)
-    machine.listen()
+    machine.listen()   # for Ctrl-C
 
     for step in range(stage.first_step, config.max_steps + 1):
         set_rates(stage.optimizers, step, config)
-        batches = micro_batches(stage.data, args.seed, machine, stage.name, step, stage.count,
+        batches = micro_batches(stage.data, args.seed, machine, stage.kind, step, stage.count,
                                 config.batch_size, stage.window)
         loss, norm = train_step(model, batches, stage.count, stage.optimizers, stage.scaler,
                                 config.grad_clip, machine)
@@ -558,15 +568,15 @@ def train(stage):
         last = step == config.max_steps
         evaluating = last or step % args.eval_interval == 0
         stopping = machine.any_interrupted()
-        # A float16 run first tries smaller scales, down to 1, where others always are.
+        # In float16 the gradient's scale is lowered first, down to 1. (Without a scaler it is 1.)
         broken = not norm.isfinite() and stage.scaler.get_scale() <= 1
         if not (evaluating or stopping or broken or step == 1 or step % args.log_interval == 0):
             continue
         loss = machine.mean(loss)
         if broken or not math.isfinite(loss):
             machine.show(bar.close)
-            fail(f"the loss of {stage.name} is {loss}, its gradient's norm {norm}, at step {step}: "
-                 f"lower --{flag('lr', stage.name)} or --{flag('muon_lr', stage.name)}; "
+            fail(f"the loss of {stage.kind} is {loss}, its gradient's norm {norm}, at step {step}: "
+                 f"lower --{flag('lr', stage.kind)} or --{flag('muon_lr', stage.kind)}; "
                  f"{stage.path} holds an earlier step, if any")
 
         seconds = time.time() - started   # in training
@@ -590,7 +600,7 @@ def train(stage):
     return stage.flops_at(config.max_steps)
 
 
-# --- The whole road: autoencoder, then CALM or AR, then BrierLM and text -------------------
+# --- All of it: autoencoder, then CALM or AR, then BrierLM and text ------------------------
 
 
 def train_all(args):
@@ -654,7 +664,8 @@ def finish(model, args, data, machine, flops, inference_flops):
 
 
 def main():
-    with clean_end("lower --batch_size (in stage 1 --ae_batch_size), raise --grad_accum as much"):
+    advice = "lower --batch_size (in stage 1 --ae_batch_size), raise --grad_accum as much"
+    with clean_end(when_memory_is_full=advice):
         train_all(parse_args(sys.argv[1:]))
 
 
