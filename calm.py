@@ -48,12 +48,12 @@ class CALMConfig:
     alpha: float = 1.0             # exponent of the energy score, in (0, 2)
     input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # tokens, latents, both
     head: str = "energy"           # generative head, a name in HEADS
-    num_evals: int = 0             # its evaluations per sample; 0: energy 1, flow 20, diffusion 100
+    num_evals: int = 0             # network evaluations per sample; 0: the head's default
     aux_weight: float = 0.0        # weight of CALM.auxiliary_loss, which is ours, not the paper's
 
     def __post_init__(self):
         check_attention_heads(self.n_embd, self.n_head)
-        if self.head not in HEADS:   # which follows the heads, further down
+        if self.head not in HEADS:   # HEADS is below the heads
             raise ValueError(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
         if self.num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, for pairs, not {self.num_samples}")
@@ -87,7 +87,7 @@ def check_attention_heads(n_embd, n_head):
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # On the CPU, also if the model is on the device "meta": no checkpoint has these numbers.
+    # On the CPU, also for a model on the device "meta" that is then filled from files without them.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)                                     # (positions, hs)
@@ -240,7 +240,7 @@ class EnergyHead(nn.Module):
         self.mlp_blocks = nn.ModuleList([EnergyBlock(D) for _ in range(config.n_head_layer)])
         self.final_layer = FinalLayer(D, config.latent_dim)
         self.apply(init_weights)
-        nn.init.zeros_(self.final_layer.linears[2].weight)         # all z = 0 until the first step
+        nn.init.zeros_(self.final_layer.linears[2].weight)         # z = 0 until noise parts them
 
     def sample(self, h, n, noise=None):
         """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): U[-.5, .5]."""
@@ -265,8 +265,8 @@ def energy_score(z, y, alpha=1.0):
         2/(N M) sum_{n,m} |z_n - y_m|^alpha  -  1/(N (N-1)) sum_{n != i} |z_n - z_i|^alpha
 
     The first term pulls the samples to the targets, the second keeps them apart from each other.
-    For 0 < alpha < 2 the expectation is least exactly where z is distributed as y. (Over a whole
-    text, the targets for one h lie around each chunk that may follow it.) Computed in float32.
+    One position shows one next chunk, but similar contexts have different ones. On average over
+    the text the loss is least exactly if z is distributed as the y of all of them (0 < alpha < 2).
     """
     N = len(z)
     with torch.autocast(z.device.type, enabled=False):
@@ -280,8 +280,8 @@ def energy_score(z, y, alpha=1.0):
 def distances(x, y, alpha):
     """|x_n - y_m|^alpha: x (P, N, L), y (P, M, L) -> (P, N, M).
 
-    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, a matrix product (-2 is called alpha by baddbmm, too): no
-    (P, N, M, L) is built. Where points meet, the floor of 1e-10 makes the gradient 0, not infinite.
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. The floor of
+    1e-10 makes the gradient 0, not infinite, where points meet. (Below 1e-3 all is rounding.)
     """
     x2 = torch.linalg.vector_norm(x, dim=-1) ** 2                  # (P, N), less memory than x ** 2
     y2 = torch.linalg.vector_norm(y, dim=-1) ** 2                  # (P, M)
@@ -315,7 +315,7 @@ class CALM(nn.Module):
         self.transformer = Transformer(config)
         if config.aux_weight > 0:                                  # ours: see auxiliary_loss
             self.aux = nn.Linear(D, K * config.vocab_size)
-            self.aux_every = math.ceil(config.vocab_size / 4096)
+            self.aux_every = math.ceil(config.vocab_size / 4096)   # only every so many positions
         self.apply(init_weights)                                   # all of the above
         self.head = HEADS[config.head](config)                     # it initialises itself
         self.autoencoder = autoencoder.requires_grad_(False)       # it is trained already
@@ -350,7 +350,7 @@ class CALM(nn.Module):
         mean, log_std = self.autoencoder.encode(targets)           # (P, L) each: its posterior
         loss = self.head.loss(h, mean.float(), log_std.float()).mean()
         if self.config.aux_weight == 0:
-            return loss, {"loss": loss.detach(), self.config.head: loss.detach()}
+            return loss, {"loss": loss.detach(), self.config.head: loss.detach()}   # "energy"
 
         aux = self.auxiliary_loss(h, targets)
         total = loss + self.config.aux_weight * aux
@@ -370,7 +370,7 @@ class CALM(nn.Module):
         at_once = max(1, 2**14 // positions)                       # at most 2^14 vectors
         z = [self.head.sample(h, min(at_once, n - done)) for done in range(0, n, at_once)]
         z = torch.cat(z)                                           # (n, ..., L)
-        logits_at_once = 2**27 if z.is_cuda else 2**23             # a CPU's cache holds 2^23
+        logits_at_once = 2**27 if z.is_cuda else 2**23             # 32 MB: a CPU's cache
         rows = max(1, logits_at_once // (self.chunk_size * self.config.vocab_size))
         tokens = [self.autoencoder.decode(part).argmax(-1)
                   for part in z.flatten(0, -2).split(rows)]
@@ -438,8 +438,8 @@ class AdaLNBlock(nn.Module):
 
 
 class TimeNet(nn.Module):
-    """(x_t, t, h) -> `out` numbers: the network of FlowHead and DiffusionHead, and before them of
-    MAR's head (Li et al., 2024)."""
+    """(x_t, t, h) -> `out` numbers: the network of FlowHead and DiffusionHead. It was designed for
+    MAR, a generator of images without vector quantisation (Li et al., 2024)."""
 
     def __init__(self, config, out):
         super().__init__()
@@ -574,9 +574,11 @@ class DiffusionHead(TimeNet):
         self.sample_schedule = DiffusionSchedule(self.alpha_bar[steps])
 
     def terms(self, z, noise, t, h):
-        """Both parts of the loss at times t (...), means over L -> (...), (...): the squared error
-        of the noise, and the variational bound of a step back in bits, in which the predicted noise
-        is detached: from it only the variance learns."""
+        """Both parts of the loss at times t (...), averaged over L -> (...), (...).
+
+        The first is the squared error of the predicted noise. The second is the KL divergence of
+        the step back, in bits. It trains the variance alone: there the predicted noise is detached.
+        """
         schedule = self.train_schedule
         x_t = schedule.signal[t][..., None] * z + schedule.noise[t][..., None] * noise
         predicted, v = self(x_t, t, h).chunk(2, dim=-1)            # (..., L) each
@@ -670,7 +672,7 @@ def calm_flops(config, autoencoder_config):
     tokens = torch.zeros(1, config.block_size * K).long()          # a whole context
     h = torch.zeros(1, config.n_embd)                              # a hidden state
     autoencoder = autoencoder_flops(autoencoder_config)
-    # All evaluations of the head's network cost the same: two are enough, one is not for a flow.
+    # At most two evaluations of the head's network are counted (a flow's are even), and scaled up.
     evals = min(config.num_evals, 2)
     model = CALM(replace(config, num_evals=evals), Autoencoder(autoencoder_config)).to("meta")
 

@@ -46,12 +46,13 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
                     if x = x_1: return x_1
                     with probability a / i: go to start
 
-    With p = P(x_1), the loop over i returns x_1 with probability
-    p sum_i (1 - p)^(i-1) prod_{j<i} (1 - a/j) = p p^(a-1) = p^a, by the binomial series.
-    So what is returned is ~ P^(n + a).
+    The loop over i returns x_1 with probability P(x_1)^a, so that what is returned is ~ P^(n + a).
+    (With q = 1 - P(x_1), it reaches sample i with probability q^(i-1) prod_{j<i} (1 - a/j). These
+    sum to (1 - q)^(a-1) = P(x_1)^(a-1), by the binomial series, and each has a chance of P(x_1).)
 
-    Here many rows go through these lines side by side, each with samples of its own, and each may
-    be at another line: `count` says at which, by the samples in its current attempt.
+    Here many rows, each one chunk to draw, run this side by side with samples of their own. They
+    get out of step, so `count` says where a row is: at count <= n it is drawing x_1 .. x_n, and at
+    count = n + i it is in turn i of the loop.
     draw(count) -> so many samples for every row (count, batch, K)
     -> tokens (batch, K), samples that each row took (batch,). A row that is not done after
     max_calls samples gets what Algorithm 2 picks from 200 more.
@@ -75,13 +76,13 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
             starting = count == 1
             first = torch.where(starting[:, None], x, first)
             equal = (x == first).all(-1)                           # (batch,)
-            all_equal = (all_equal | starting) & equal
+            all_equal = (all_equal | starting) & equal             # of use up to count = n
             i = count - n                                          # from 1 on: in the loop over i
 
             if a == 0:
                 accepted = active & all_equal & (i == 0)
             else:
-                accepted = active & equal & (i > 0)   # only rows whose n were all equal get there
+                accepted = active & equal & (i > 0)   # whose x_1 .. x_n were all equal
             result = torch.where(accepted[:, None], first, result)
             done = done | accepted
 
@@ -103,9 +104,9 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
 
 def temperature_batch(samples, temperature):
     """Algorithm 2: from N candidates, samples (N, batch, K) of P, pick one of each row
-    -> tokens (batch, K), ~ P^(1/T) / Z but for a bias that vanishes with N, for any T in (0, 1].
+    -> tokens (batch, K), ~ P^(1/T) / Z with a bias that vanishes as N grows; T in (0, 1].
 
-    Let 1/T = n, a whole number, and c how often a chunk is among the candidates. There are
+    First for 1/T = n, a whole number. Let c be how often a chunk is among the candidates. There are
     C(c, n) ways to take n of its copies, so it is picked with a weight of C(c, n). For example,
     N = 6 candidates a a a b b c at T = 1/2:
 
@@ -115,8 +116,8 @@ def temperature_batch(samples, temperature):
     proportion to c^n, and c to P. If no chunk is there n times, the paper tries n - 1, and so on;
     here n becomes the largest count at once, which is the same.
 
-    Ours: any T. The binomial coefficient is C(c, s) = G(c + 1) / (G(s + 1) G(c - s + 1)) with
-    s = 1/T and the Gamma function G. It is positive for c > s - 1; smaller counts get no weight.
+    For any T (ours) the binomial coefficient is C(c, s) = G(c + 1) / (G(s + 1) G(c - s + 1)), with
+    s = 1/T and the Gamma function G. Counts c below floor(s) get no weight.
     """
     c = counts(samples).float()                                    # of each candidate, (N, batch)
     s = c.amax(0).clamp_max(1 / temperature)                       # (batch,)
@@ -142,8 +143,8 @@ def counts(samples):
 def draw(model, h, temperature=1.0, n=1, num_candidates=200, exact=None):
     """n next chunks for each h (B, D) at a temperature in (0, 1] -> tokens (n, B, K).
 
-    CALM draws by Algorithm 2 from num_candidates. exact: temperature_exact, perhaps with another
-    max_calls; then it draws by Algorithm 1. AR needs neither: it has a softmax.
+    CALM draws by Algorithm 2 from num_candidates, unless `exact` is a function to draw with in its
+    place: temperature_exact, or a partial of it. AR needs neither: it has a softmax.
     """
     if isinstance(model, AR):
         return model.sample_chunks(h, n, temperature)
@@ -168,7 +169,7 @@ def draw(model, h, temperature=1.0, n=1, num_candidates=200, exact=None):
 def pad_front(prompt, chunk_size, eot):
     """Prompt (B, P) -> (B, P'), P' a positive multiple of K, with the token eot in front.
 
-    So a chunk ends where the prompt ends. (The authors put their padding inside the text.)
+    So a chunk ends where the prompt ends.
     """
     padding = -prompt.shape[1] % chunk_size
     if prompt.shape[1] == 0:
@@ -184,8 +185,8 @@ def pad_front(prompt, chunk_size, eot):
 def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling):
     """Continue prompt (B, P), P from 0 to the context. Yields tokens (B, K) as they are drawn.
 
-    eot: the token that ends a text: from its first one on a text has nothing else, and when all
-    texts have ended, this stops. None: it does not stop there.
+    eot: the end-of-text token. After its first one a text is filled with it, and generation stops
+    when all texts have one. None: no token is special.
     A text that outgrows the context goes on with the last half of the context.
     sampling: other arguments of `draw`.
     """
@@ -204,7 +205,7 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling)
         new = draw(model, h[:, -1], temperature, **sampling)[0]    # (B, K)
         if eot is not None:
             is_eot = new == eot
-            after_eot = is_eot.cumsum(1) - is_eot.long() > 0       # in this chunk
+            after_eot = (is_eot.cumsum(1) - is_eot.long()) > 0     # after the first of this chunk
             new = new.masked_fill(ended[:, None] | after_eot, eot)
             ended = ended | is_eot.any(1)
         yield new
@@ -215,8 +216,8 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling)
 
 
 def check_sampling(temperature, num_candidates=None, exact=None):
-    """Raise ValueError unless the temperature is in (0, 1], and there may be 1/T equal candidates,
-    if their number is given."""
+    """Raise ValueError unless the temperature T is in (0, 1] and num_candidates, if it is given, is
+    at least 1/T."""
     if not 0 < temperature <= 1:
         raise ValueError(f"temperature must be in (0, 1], not {temperature}")
     if temperature < 1 and num_candidates and num_candidates < 1 / temperature:

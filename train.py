@@ -90,7 +90,7 @@ PRESETS = {
 }
 
 
-# --- The flags: one for every field of a config (plain argparse; training begins after it) -
+# --- The flags: one for every field of a config. On a first reading, skip to "Optimizers" ---
 
 # In these CALM and its autoencoder must agree: one flag is for both.
 SHARED = {"vocab_size", "chunk_size", "latent_dim"}
@@ -103,9 +103,10 @@ def flag(name, kind):
     return f"ae_{name}" if kind == "autoencoder" and name in PREFIXED else name
 
 
-# A resumed run takes all settings from its checkpoint, except these, which are its own.
+# Settings that are never taken from a checkpoint.
 OWN = {"resume", "out_dir", "device", "model"}
-# Flags may change settings, but not these: the saved weights and optimizers depend on them.
+# Settings that a resumed run cannot change: its weights and optimizers depend on them. All others
+# come from the checkpoint, unless a flag says otherwise.
 FIXED = {"preset", "optimizer", "ae_optimizer"}
 FIXED |= {flag(field.name, "calm") for field in fields(CALMConfig)}
 FIXED |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)}
@@ -113,7 +114,7 @@ FIXED |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)
 
 def config_of(config, args, kind, **given):
     """An instance of a config class, from the flags of its fields and what is given beside them."""
-    # vocab_size has no flag: it comes from the data, and is its default until they are open.
+    # vocab_size has no flag: it comes from the data set. Until that is open, its default stands in.
     values = {field.name: getattr(args, flag(field.name, kind), field.default)
               for field in fields(config)}
     return config(**values | given)
@@ -146,7 +147,7 @@ def make_parser():
     add("--eval_interval", type=within(1), default=500,
         help="steps between evaluations, with a checkpoint each")
 
-    model = parser.add_argument_group("model (AR has the same text as context)")
+    model = parser.add_argument_group("model (AR's context: block_size * chunk_size tokens)")
     add_fields(model, CALMConfig, skip={"vocab_size"}, choices={"head": list(HEADS)})
     add_fields(parser.add_argument_group("training"), TrainConfig)
     autoencoder = parser.add_argument_group("autoencoder")
@@ -167,7 +168,7 @@ def parse_args(argv):
     parser = make_parser()
     given = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
     parser.set_defaults(**preset_settings(given))
-    if given.model == "ar" and given.match_flops and given.preset == "auto":
+    if given.model == "ar" and given.match_flops and given.preset == "auto":   # none was named
         parser.set_defaults(**settings_of(Path(given.match_flops), ["calm"]))
     args = parser.parse_args(argv)
 
@@ -189,7 +190,7 @@ def parse_args(argv):
         fail("--flops, --match_flops set the length of a CALM or AR run: drop it, "
              "or --model autoencoder")
     args.context = args.block_size * args.chunk_size   # in tokens
-    # From one n-gram that BrierLM scores to the next: for AR as for CALM, so that they compare.
+    # BrierLM scores an n-gram every `stride` tokens. AR takes CALM's stride: the same n-grams.
     args.stride = eval_brier.ngram_stride(args.chunk_size)
     check_settings(args)
     return args
@@ -222,7 +223,7 @@ def check_settings(args):
         except ValueError as error:   # whose text begins with the name of a field
             name, what = str(error).split(maxsplit=1)
             fail(f"--{flag(name, kind)} {what}")
-    least = args.stride + max(4, args.chunk_size)   # something to read, then a chunk or four tokens
+    least = args.stride + max(4, args.chunk_size)   # `stride` tokens to read, then an n-gram
     if args.context < least and args.model != "autoencoder":
         fail(f"--block_size {args.block_size} is too short a context for BrierLM: "
              "take a longer one")
@@ -263,7 +264,7 @@ class Muon(torch.optim.Optimizer):
     def update(self, matrices, group):
         """A step of n matrices of one shape."""
         gradient = torch.stack([p.grad for p in matrices])         # (n, rows, columns)
-        state = self.state[matrices[0]]                            # that of the first is for all n
+        state = self.state[matrices[0]]                            # one for all n of them
         if not state:
             state["average"] = torch.zeros_like(gradient)
         average = state["average"].lerp_(gradient, 1 - group["momentum"])
@@ -362,7 +363,8 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
     """
     mean_loss = 0.0
     for micro, tokens in enumerate(batches, 1):
-        model.require_backward_grad_sync = micro == count   # processes average once per step
+        # DistributedDataParallel averages gradients over processes once per step.
+        model.require_backward_grad_sync = (micro == count)
         with machine.autocast():
             loss, _ = model(tokens)
         scaler.scale(loss / count).backward()
@@ -370,7 +372,8 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    # As scaler.step would, but once for all optimizers, before any of them moves a weight.
+    # No step if the gradient is not finite. (scaler.step would ask that of each optimizer alone, so
+    # that one might move its weights and another not.)
     if norm.isfinite():
         for optimizer in optimizers:
             optimizer.step()
@@ -431,11 +434,11 @@ class Stage:
         self.flops_before = flops_before
         self.first_step = 1
         self.tokens_before = 0                                     # read before first_step
-        self.finished = False                                      # is there nothing left to do?
+        self.finished = False
         if self.path.exists():
             self.resume()
         elif (args.out_dir / f"{args.model}.pt").exists():
-            # This is stage 1, and there is a CALM, but not the autoencoder it was trained with.
+            # Only stage 1 gets here: in stage 2 the two paths are one.
             fail(f"{self.path}, which {args.model}.pt was trained with, is gone: put it back")
 
     def resume(self):
@@ -444,8 +447,8 @@ class Stage:
         checkpoint = load_checkpoint(self.path, self.kind)
         check_fits(checkpoint, self.path, self.model.config, self.data)
         done = checkpoint["done"]
-        # With more steps asked for, what --model names is never finished. An autoencoder on the
-        # way to CALM is.
+        # Finished means: to be skipped, as an autoencoder may be on the way to CALM. What --model
+        # names is not: --max_steps may ask for more now.
         self.finished = done and self.kind != self.args.model
         if not self.finished and not self.args.resume:
             state = "already trained" if done else "unfinished"
@@ -458,7 +461,8 @@ class Stage:
         if self.finished:
             return
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizers"]):
-            settings = optimizer.state_dict()                      # the rates of this call's flags
+            # Learning rates are those of this call's flags, moments those of the checkpoint.
+            settings = optimizer.state_dict()
             optimizer.load_state_dict(settings | {"state": saved["state"]})
         if checkpoint["scaler"]:                                   # empty, unless it was float16
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -468,7 +472,7 @@ class Stage:
         spent = self.flops_at(self.first_step - 1)
         steps = (total - spent) / (self.token_flops * self.tokens_per_step)
         resumed = self.first_step > 1
-        least = -0.5 if resumed else 0   # a run that is at its end may be half a step over
+        least = -0.5 if resumed else 0   # a finished run may have spent half a step too much
         if steps < least:
             fail(f"{spent:.2e} of {total:.2e} FLOPs are spent: raise --flops, "
                  "or lower --ae_max_steps")
@@ -568,7 +572,8 @@ def train(stage):
         last = step == config.max_steps
         evaluating = last or step % args.eval_interval == 0
         stopping = machine.any_interrupted()
-        # In float16 the gradient's scale is lowered first, down to 1. (Without a scaler it is 1.)
+        # A gradient that is not finite ends the run; in float16 only once the scale has gone down
+        # to 1, for a large scale may be the reason. (Without a scaler the scale is 1.)
         broken = not norm.isfinite() and stage.scaler.get_scale() <= 1
         if not (evaluating or stopping or broken or step == 1 or step % args.log_interval == 0):
             continue
