@@ -9,8 +9,8 @@ A training step in five lines (`python calm.py` takes a line of text through the
     the true chunk t+1        -> M samples y of its vector   the frozen autoencoder's posterior
     the samples z and y       -> loss                        energy_score
 
-This file reads from top to bottom: the Transformer, the energy head, the energy score, CALM, and
-AR, the token-by-token baseline. After them come two slower heads, and what everything costs.
+Read it from here to AR, the token-by-token baseline that stands beside CALM. After it come two
+slower heads, and what everything costs.
 
 Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, N samples
 of the head, M samples of the posterior, L numbers in such a vector, P positions (B and T
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, init_weights,
-                         posterior_samples)
+                         posterior_samples)   # samples of N(mean, std^2), as the encoder gives it
 
 
 @dataclass
@@ -44,7 +44,7 @@ class CALMConfig:
     n_noise: int = 64              # size of the energy head's noise
     block_size: int = 2048         # context in chunks
     num_samples: int = 8           # N: samples of the head per position in training
-    num_targets: int = 100         # M: samples of the posterior per position
+    num_targets: int = 100         # M: samples of the posterior per position; more make less noise
     alpha: float = 1.0             # exponent of the energy score, in (0, 2)
     input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # tokens, latents, both
     head: str = "energy"           # generative head, a name in HEADS
@@ -87,7 +87,7 @@ def check_attention_heads(n_embd, n_head):
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # On the CPU, also for a model on the device "meta" that is then filled from files without them.
+    # On the CPU even under torch.device("meta"): no checkpoint has these tables to fill them in.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)                                     # (positions, hs)
@@ -240,7 +240,7 @@ class EnergyHead(nn.Module):
         self.mlp_blocks = nn.ModuleList([EnergyBlock(D) for _ in range(config.n_head_layer)])
         self.final_layer = FinalLayer(D, config.latent_dim)
         self.apply(init_weights)
-        nn.init.zeros_(self.final_layer.linears[2].weight)         # z = 0 until noise parts them
+        nn.init.zeros_(self.final_layer.linears[2].weight)         # every z is 0 before training
 
     def sample(self, h, n, noise=None):
         """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): U[-.5, .5]."""
@@ -265,8 +265,8 @@ def energy_score(z, y, alpha=1.0):
         2/(N M) sum_{n,m} |z_n - y_m|^alpha  -  1/(N (N-1)) sum_{n != i} |z_n - z_i|^alpha
 
     The first term pulls the samples to the targets, the second keeps them apart from each other.
-    One position shows one next chunk, but similar contexts have different ones. On average over
-    the text the loss is least exactly if z is distributed as the y of all of them (0 < alpha < 2).
+    Each position shows one next chunk, but such an h is followed by different ones. Averaged over
+    the text, the loss is least exactly if z has the distribution of all their y (0 < alpha < 2).
     """
     N = len(z)
     with torch.autocast(z.device.type, enabled=False):
@@ -280,8 +280,8 @@ def energy_score(z, y, alpha=1.0):
 def distances(x, y, alpha):
     """|x_n - y_m|^alpha: x (P, N, L), y (P, M, L) -> (P, N, M).
 
-    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. The floor of
-    1e-10 makes the gradient 0, not infinite, where points meet. (Below 1e-3 all is rounding.)
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. Distances below 1e-5
+    count as 1e-5, with a gradient of 0, not infinite. (They are rounding errors anyway.)
     """
     x2 = torch.linalg.vector_norm(x, dim=-1) ** 2                  # (P, N), less memory than x ** 2
     y2 = torch.linalg.vector_norm(y, dim=-1) ** 2                  # (P, M)
@@ -411,7 +411,7 @@ class AR(nn.Module):
         return self.loss(tokens)
 
     def probabilities(self, h, temperature=1.0):
-        """Those of the next token given h (..., D), at a softmax temperature -> (..., V)."""
+        """The probabilities of the next token given h (..., D), at a temperature -> (..., V)."""
         return (self.lm_head(h).float() / temperature).softmax(-1)
 
     def sample_chunks(self, h, n, temperature=1.0):
@@ -632,8 +632,8 @@ def flops_per_token(config, autoencoder_config=None):
     config: an AutoencoderConfig, an ARConfig, or a CALMConfig with the config of its autoencoder
     -> {"train": x, "inference": x}, and for some also the forward pass of each part, by name.
 
-    A multiply-add is two FLOPs. Every position attends to the whole context. Training costs three
-    forward passes. What a chunk of CALM costs is shared by its K tokens.
+    A multiply-add is two FLOPs. Attention counts as if every position saw the whole context.
+    Training costs three forward passes. What a chunk costs is shared by its K tokens.
     """
     with torch.device("meta"):   # tensors of shapes without numbers: nothing is computed
         if isinstance(config, AutoencoderConfig):
@@ -672,7 +672,7 @@ def calm_flops(config, autoencoder_config):
     tokens = torch.zeros(1, config.block_size * K).long()          # a whole context
     h = torch.zeros(1, config.n_embd)                              # a hidden state
     autoencoder = autoencoder_flops(autoencoder_config)
-    # At most two evaluations of the head's network are counted (a flow's are even), and scaled up.
+    # To be quick, two evaluations of the head's network are counted (energy: one) and multiplied.
     evals = min(config.num_evals, 2)
     model = CALM(replace(config, num_evals=evals), Autoencoder(autoencoder_config)).to("meta")
 
@@ -713,9 +713,9 @@ def show_step(model, chunks):
             ("y: M samples of that posterior", y, "equation 12", 0),
             ("energy loss at each position", score, "equation 12", 0)]
     if c.aux_weight > 0:
-        rows.append(("auxiliary loss, a softmax for each token", chunks[0, 1:], "ours",
+        rows.append(("auxiliary targets, a softmax for each", chunks[0, 1:], "ours",
                      3 * flops["aux"]))
-    print(f"{'step':44}{'shape':16}{'paper':13}training FLOPs")
+    print(f"{'step':44}{'shape':16}{'paper':13}of training FLOPs")
     for step, value, paper, cost in rows:
         share = f"{cost / flops['train']:6.1%}" if cost else ""
         print(f"{step:44}{str(tuple(value.shape)):16}{paper:13}{share}".rstrip())

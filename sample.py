@@ -5,8 +5,8 @@ loading of a trained model.
     python sample.py --start "def main(" --temperature 0.5 --chunks
 
 A softmax is sharpened by dividing its logits by a temperature T. CALM has no logits, only samples.
-But n samples are all the same chunk x with probability P(x)^n: if they are all the same, they are
-a draw at T = 1/n. A low temperature is a matter of drawing more, and of keeping what repeats.
+But n samples decode to the same chunk x with probability P(x)^n: if they all do, x is a draw at
+T = 1/n. A low temperature is a matter of drawing more, and of keeping what repeats.
 
 Shapes: B texts, K tokens in a chunk, D width of h, N candidates.
 """
@@ -53,7 +53,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     Here many rows, each one chunk to draw, run this side by side with samples of their own. They
     get out of step, so `count` says where a row is: at count <= n it is drawing x_1 .. x_n, and at
     count = n + i it is in turn i of the loop.
-    draw(count) -> so many samples for every row (count, batch, K)
+    draw(m) -> m samples for every row (m, batch, K)
     -> tokens (batch, K), samples that each row took (batch,). A row that is not done after
     max_calls samples gets what Algorithm 2 picks from 200 more.
     """
@@ -76,7 +76,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
             starting = count == 1
             first = torch.where(starting[:, None], x, first)
             equal = (x == first).all(-1)                           # (batch,)
-            all_equal = (all_equal | starting) & equal             # of use up to count = n
+            all_equal = (all_equal | starting) & equal             # not read once count > n
             i = count - n                                          # from 1 on: in the loop over i
 
             if a == 0:
@@ -95,7 +95,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
         samples = draw(min(2 * len(samples), 256))   # fewer, larger calls for rows that need many
 
     if not done.all():
-        warnings.warn(f"a chunk took over {max_calls:,} calls: drawn by Algorithm 2")
+        warnings.warn(f"a chunk took over {max_calls:,} samples: Algorithm 2 picks it")
         fallback = temperature_batch(draw(200), temperature)
         result = torch.where(done[:, None], result, fallback)
         calls = calls + 200 * ~done
@@ -117,7 +117,8 @@ def temperature_batch(samples, temperature):
     here n becomes the largest count at once, which is the same.
 
     For any T (ours) the binomial coefficient is C(c, s) = G(c + 1) / (G(s + 1) G(c - s + 1)), with
-    s = 1/T and the Gamma function G. Counts c below floor(s) get no weight.
+    s = 1/T and the Gamma function G. It is positive for counts c from floor(s) on; smaller ones get
+    no weight.
     """
     c = counts(samples).float()                                    # of each candidate, (N, batch)
     s = c.amax(0).clamp_max(1 / temperature)                       # (batch,)

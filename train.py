@@ -1,5 +1,5 @@
 """
-Training: stage 1 is the autoencoder, stage 2 is CALM (or AR, the token-by-token baseline, alone).
+Training: stage 1 is the autoencoder, stage 2 is CALM. (The baseline, AR, has a single stage.)
 
     python train.py                                    # data, both stages, BrierLM, text: all of it
     python train.py --preset S --data mine             # the paper's smallest model, on your text
@@ -8,8 +8,8 @@ Training: stage 1 is the autoencoder, stage 2 is CALM (or AR, the token-by-token
 In this order: what is trained and how (presets), flags, Muon, one step, the loop, all of it.
 
 Every batch and all noise are functions of the seed and the step. So a run that was stopped and
-resumed ends with the same weights as an uninterrupted one, and several processes together make the
-same steps as a single one.
+resumed ends with the same weights as an uninterrupted one. Several processes together make the
+steps of a single one, if their number divides --grad_accum.
 """
 import math
 import sys
@@ -67,7 +67,8 @@ PAPER = dict(latent_dim=128, n_head=16, block_size=2048,
 # Ours, for minutes in place of weeks. data/RESULTS.md has what each difference is worth.
 SMALL = dict(latent_dim=32, n_head_layer=1,
              num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5,
-             optimizer="muon", lr=2e-2,   # AdamW's: for token tables, norms and biases only
+             optimizer="muon", muon_lr=0.01,
+             lr=2e-2,   # AdamW's, which has only token tables, norms and biases then
              warmup_steps=50, decay_frac=0.8, grad_accum=1,
              ae_n_embd=128, ae_n_ff=64,
              ae_optimizer="muon", ae_lr=6e-3, ae_warmup_steps=50, ae_decay_frac=0.8,
@@ -129,7 +130,7 @@ def make_parser():
     add("--preset", default="auto", choices=["auto", *PRESETS],
         help="auto: mini on CUDA, else nano")
     add("--data", default="stdlib",
-        help="data set under data/; a known one is prepared; mini: site-packages")
+        help="a data set in data/; known ones are made if missing; mini: site-packages")
     add("--out_dir", help="the run's folder; None: out/<data name>")
     add("--resume", action="store_true",
         help="go on from the checkpoint in out_dir, with its settings")
@@ -180,7 +181,7 @@ def parse_args(argv):
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.out_dir = out_dir
-        for name in FIXED:   # vocab_size, too: it has no flag, but is among the saved settings
+        for name in FIXED:   # (vocab_size has no flag: it is the saved one on both sides)
             asked = getattr(args, name)
             if asked != saved[name]:
                 fail(f"{out_dir} has {name} {saved[name]}, this run asks for {asked}: "
@@ -297,7 +298,8 @@ def orthogonal(g):
     return (x.mT if tall else x).type_as(g)
 
 
-# Matrices whose rows are tokens are left to AdamW.
+# Matrices with a row per token are left to AdamW: of CALM and AR, AR, the auxiliary loss, and the
+# autoencoder, whose decoder has the encoder's.
 TOKEN_MATRICES = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")
 
 
@@ -363,7 +365,7 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
     """
     mean_loss = 0.0
     for micro, tokens in enumerate(batches, 1):
-        # DistributedDataParallel averages gradients over processes once per step.
+        # DistributedDataParallel averages gradients once per step; other models take no notice.
         model.require_backward_grad_sync = (micro == count)
         with machine.autocast():
             loss, _ = model(tokens)
@@ -434,11 +436,11 @@ class Stage:
         self.flops_before = flops_before
         self.first_step = 1
         self.tokens_before = 0                                     # read before first_step
-        self.finished = False
+        self.skip = False                                          # is it trained already?
         if self.path.exists():
             self.resume()
         elif (args.out_dir / f"{args.model}.pt").exists():
-            # Only stage 1 gets here: in stage 2 the two paths are one.
+            # calm.pt is here, and its autoencoder.pt is not.
             fail(f"{self.path}, which {args.model}.pt was trained with, is gone: put it back")
 
     def resume(self):
@@ -447,10 +449,10 @@ class Stage:
         checkpoint = load_checkpoint(self.path, self.kind)
         check_fits(checkpoint, self.path, self.model.config, self.data)
         done = checkpoint["done"]
-        # Finished means: to be skipped, as an autoencoder may be on the way to CALM. What --model
-        # names is not: --max_steps may ask for more now.
-        self.finished = done and self.kind != self.args.model
-        if not self.finished and not self.args.resume:
+        # Only an autoencoder on the way to CALM can be skipped. What --model names never is, for a
+        # larger --max_steps may ask for more.
+        self.skip = done and self.kind != self.args.model
+        if not self.skip and not self.args.resume:
             state = "already trained" if done else "unfinished"
             fail(f"{self.path} is {state} (step {checkpoint['step']:,}): add --resume to go on, "
                  "or use another --out_dir")
@@ -458,7 +460,7 @@ class Stage:
         self.model.load_state_dict(checkpoint["model"])
         self.first_step = checkpoint["step"] + 1
         self.tokens_before = checkpoint["tokens"]
-        if self.finished:
+        if self.skip:
             return
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizers"]):
             # Learning rates are those of this call's flags, moments those of the checkpoint.
@@ -483,11 +485,11 @@ class Stage:
         self.args.max_steps = self.config.max_steps                # saved: a resumed run has it
 
     def tokens_at(self, step):
-        """Tokens that this stage has read after `step`."""
+        """Tokens that this stage has read by the end of `step`."""
         return self.tokens_before + self.tokens_per_step * (step - self.first_step + 1)
 
     def flops_at(self, step):
-        """Training FLOPs after `step`, those of the stages before included."""
+        """Training FLOPs spent by the end of `step`, those of the stages before included."""
         return self.flops_before + self.token_flops * self.tokens_at(step)
 
     def report(self, bar, step, loss, seconds, metrics):
@@ -543,7 +545,7 @@ def train(stage):
     args = stage.args
     config = stage.config
     machine = stage.machine
-    if stage.finished:
+    if stage.skip:
         machine.say(f"{stage.kind}: {stage.path} is finished, and used as it is")
         return stage.flops_at(stage.first_step - 1)
     if stage.first_step - 1 > config.max_steps:
@@ -669,7 +671,7 @@ def finish(model, args, data, machine, flops, inference_flops):
 
 
 def main():
-    advice = "lower --batch_size (in stage 1 --ae_batch_size), raise --grad_accum as much"
+    advice = "lower --batch_size and raise --grad_accum by as much (stage 1: --ae_batch_size, ...)"
     with clean_end(when_memory_is_full=advice):
         train_all(parse_args(sys.argv[1:]))
 

@@ -106,7 +106,7 @@ def test_exact_sampling_draws_from_the_power_of_the_distribution(temperature, ou
 def test_exact_sampling_hands_over_to_batch_sampling_past_its_cap():
     torch.manual_seed(0)
     p = torch.full((200,), 1 / 200).double()
-    with pytest.warns(UserWarning, match="over 50 calls"):
+    with pytest.warns(UserWarning, match="over 50 samples"):
         tokens, calls = exact_draws(p, 0.25, 100, max_calls=50)
     assert tokens.shape == (100, 2) and (calls == 50 + 200).all()  # Theorem 2 expects 32 million
     calls = exact_draws(torch.tensor([0.5, 0.5]).double(), 0.5, 100, max_calls=50)[1]
