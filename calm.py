@@ -79,7 +79,7 @@ class ARConfig:
 def check_attention_heads(n_embd, n_head):
     """Raise ValueError unless all attention heads get the same width, and it is even."""
     if n_embd % (2 * n_head) != 0:
-        raise ValueError(f"n_embd {n_embd} must be divisible by 2 n_head, {2 * n_head}")
+        raise ValueError(f"n_embd {n_embd} must be divisible by 2 n_head = {2 * n_head}")
 
 
 # --- The Transformer (section 3.3): LLaMA's, with RMSNorm, rotary positions, SwiGLU, no biases 

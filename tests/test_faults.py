@@ -58,7 +58,7 @@ BAD = {   # script, flags, folder for --out_dir, what the line must say
     "a number too large": (train, ["--n_embd", "9" * 40], "new", "is not in [1, "),
     "chunk size 0": (train, ["--chunk_size", "0"], "new", "--chunk_size: 0 is not in"),
     "short context": (train, ["--block_size", "1"], "new", "--block_size 1 is too short"),
-    "heads": (train, ["--n_embd", "100", "--n_head", "3"], "new", "divisible by n_head 3"),
+    "heads": (train, ["--n_embd", "100", "--n_head", "3"], "new", "divisible by 2 n_head = 6"),
     "one sample": (train, ["--num_samples", "1"], "new", "--num_samples must be at least 2"),
     "alpha 2": (train, ["--alpha", "2"], "new", "--alpha must be in (0, 2)"),
     "all tokens masked": (train, ["--token_mask", "1"], "new", "--token_mask must be below 1"),
