@@ -77,7 +77,7 @@ class ARConfig:
 
 
 def check_attention_heads(n_embd, n_head):
-    """Raise ValueError unless all attention heads get the same width, and it is even."""
+    """Raise ValueError unless all heads get the same width, an even one: `rotate` turns pairs."""
     if n_embd % (2 * n_head) != 0:
         raise ValueError(f"n_embd {n_embd} must be divisible by 2 n_head = {2 * n_head}")
 
@@ -87,7 +87,7 @@ def check_attention_heads(n_embd, n_head):
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # On the CPU even under torch.device("meta"): no checkpoint has these tables to fill them in.
+    # They are in no checkpoint: computed on the CPU, also for a model that is built on "meta".
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)                                     # (positions, hs)
@@ -203,7 +203,8 @@ class EnergyBlock(nn.Module):
 
     def forward(self, x, c):
         """x (N, ..., D), one per sample; c (..., D), the condition, one for all N samples."""
-        # The first layer is W [x, c] + b = W_x x + (W_c c + b): the bracket once for all samples.
+        # The first layer, W [norm(x), c] + b, is W_x norm(x) + (W_c c + b), which is computed once
+        # for all samples.
         first = self.linears[0]
         W_x, W_c = first.weight.chunk(2, dim=1)                    # (D, D) each
         mixed = F.linear(self.in_ln(x), W_x) + F.linear(c, W_c, first.bias)
@@ -265,8 +266,9 @@ def energy_score(z, y, alpha=1.0):
         2/(N M) sum_{n,m} |z_n - y_m|^alpha  -  1/(N (N-1)) sum_{n != i} |z_n - z_i|^alpha
 
     The first term pulls the samples to the targets, the second keeps them apart from each other.
-    Each position shows one next chunk, but such an h is followed by different ones. Averaged over
-    the text, the loss is least exactly if z has the distribution of all their y (0 < alpha < 2).
+    The text shows one next chunk after each h, but similar h are followed by different chunks.
+    Averaged over the text, the loss is lowest exactly if z, given h, has the distribution of y over
+    all chunks that can follow (0 < alpha < 2).
     """
     N = len(z)
     with torch.autocast(z.device.type, enabled=False):
@@ -362,10 +364,8 @@ class CALM(nn.Module):
         return self.loss(tokens)
 
     def sample_chunks(self, h, n):
-        """n next chunks given each h (..., D) -> tokens (n, ..., K).
-
-        Vectors are drawn, and logits are made, in slices, so that memory stays bounded.
-        """
+        """n next chunks given each h (..., D) -> tokens (n, ..., K), made in slices: so memory
+        stays bounded."""
         positions = h.numel() // h.shape[-1]
         at_once = max(1, 2**14 // positions)                       # at most 2^14 vectors
         z = [self.head.sample(h, min(at_once, n - done)) for done in range(0, n, at_once)]

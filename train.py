@@ -64,7 +64,7 @@ class TrainConfig:
 PAPER = dict(latent_dim=128, n_head=16, block_size=2048,
              ae_warmup_steps=1000, ae_max_steps=30_000, ae_batch_size=2)
 
-# Ours, for minutes in place of weeks. data/RESULTS.md has what each difference is worth.
+# Ours, for minutes in place of weeks. data/RESULTS.md has what the main differences are worth.
 SMALL = dict(latent_dim=32, n_head_layer=1,
              num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5,
              optimizer="muon", muon_lr=0.01,
@@ -95,7 +95,7 @@ PRESETS = {
 
 # In these CALM and its autoencoder must agree: one flag is for both.
 SHARED = {"vocab_size", "chunk_size", "latent_dim"}
-# CALM has fields of these names, too: the autoencoder's flags begin with --ae_.
+# Both stages have settings of these names: the flags for the autoencoder's begin with --ae_.
 PREFIXED = {"n_embd", "n_ff", "n_layer", *(field.name for field in fields(TrainConfig))}
 
 
@@ -106,8 +106,8 @@ def flag(name, kind):
 
 # Settings that are never taken from a checkpoint.
 OWN = {"resume", "out_dir", "device", "model"}
-# Settings that a resumed run cannot change: its weights and optimizers depend on them. All others
-# come from the checkpoint, unless a flag says otherwise.
+# With --resume all other settings come from the checkpoint. A flag may change them, but not these,
+# which the weights and the optimizers depend on.
 FIXED = {"preset", "optimizer", "ae_optimizer"}
 FIXED |= {flag(field.name, "calm") for field in fields(CALMConfig)}
 FIXED |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)}
@@ -162,14 +162,14 @@ def parse_args(argv):
     """The settings of a run -> argparse.Namespace.
 
     Each setting comes from the first of these that has it: a flag, the run to --resume, the run of
-    --match_flops, the preset, the config class.
+    --match_flops (for AR, unless a flag names a preset), the preset, the config class.
     """
     # The first parse only finds the preset and the runs. Their settings become the defaults of the
     # second, which is also the one that answers --help.
     parser = make_parser()
     given = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
     parser.set_defaults(**preset_settings(given))
-    if given.model == "ar" and given.match_flops and given.preset == "auto":   # none was named
+    if given.model == "ar" and given.match_flops and given.preset == "auto":
         parser.set_defaults(**settings_of(Path(given.match_flops), ["calm"]))
     args = parser.parse_args(argv)
 
@@ -271,7 +271,7 @@ class Muon(torch.optim.Optimizer):
         average = state["average"].lerp_(gradient, 1 - group["momentum"])
         nesterov = gradient.lerp(average, group["momentum"])
         rows, columns = matrices[0].shape
-        step_size = group["lr"] * max(1, rows / columns) ** 0.5
+        step_size = group["lr"] * max(1, rows / columns) ** 0.5    # Jordan's, for tall matrices
         updates = step_size * orthogonal(nesterov)
         for p, update in zip(matrices, updates):
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
@@ -298,9 +298,13 @@ def orthogonal(g):
     return (x.mT if tall else x).type_as(g)
 
 
-# Matrices with a row per token are left to AdamW: of CALM and AR, AR, the auxiliary loss, and the
-# autoencoder, whose decoder has the encoder's.
-TOKEN_MATRICES = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")
+# Matrices with a row for each token of the vocabulary are left to AdamW.
+TOKEN_MATRICES = (
+    "embed_tokens.",           # the input of CALM and of AR
+    "lm_head.",                # the output of AR
+    "aux.",                    # the output of CALM's auxiliary loss
+    "encoder.embed_tokens.",   # the autoencoder's input, and its output
+)
 
 
 def make_optimizers(model, config):
