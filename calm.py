@@ -13,9 +13,9 @@ Read it from here to AR, the token-by-token baseline that stands beside CALM. Af
 slower heads, and what everything costs.
 
 Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, N samples
-of the head, M samples of the posterior, L numbers in such a vector, P positions (B and T
+of the head, M samples of the posterior, L numbers in a chunk's vector, P positions (B and T
 flattened), nh attention heads of width hs. tokens (B, T*K), chunks (B, T, K), h (B, T, D), z
-(..., L). Layers have the names of the authors' checkpoints.
+(..., L). Layers have the names that they have in the authors' checkpoints.
 """
 import math
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, init_weights,
-                         posterior_samples)   # samples of N(mean, std^2), as the encoder gives it
+                         posterior_samples)   # samples of N(mean, std^2), the encoder's output
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin).type_as(v)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)                   # (B, nh, end, hs)
-        # No mask: x has all positions (causal), or is a single one that may attend to all keys.
+        # Without a mask, x is either all positions so far (causal) or a single new one.
         causal = mask is None and q.shape[2] == k.shape[2]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.o_proj(x.transpose(1, 2).flatten(-2))          # (B, T, D)
@@ -352,7 +352,7 @@ class CALM(nn.Module):
         mean, log_std = self.autoencoder.encode(targets)           # (P, L) each: its posterior
         loss = self.head.loss(h, mean.float(), log_std.float()).mean()
         if self.config.aux_weight == 0:
-            return loss, {"loss": loss.detach(), self.config.head: loss.detach()}   # "energy"
+            return loss, {"loss": loss.detach(), self.config.head: loss.detach()}
 
         aux = self.auxiliary_loss(h, targets)
         total = loss + self.config.aux_weight * aux
@@ -525,7 +525,7 @@ class DiffusionSchedule(nn.Module):
         z_weight = alpha_bar_before.sqrt() * beta / (1 - alpha_bar)
         x_weight = (1 - beta).sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
         posterior_variance = beta * (1 - alpha_bar_before) / (1 - alpha_bar)
-        # That of t = 0 is 0, and has no logarithm: the one of t = 1 takes its place.
+        # At t = 0 this variance is 0, which has no logarithm: that of t = 1 takes its place.
         posterior_variance[0] = posterior_variance[1] if len(beta) > 1 else beta[0]
 
         self.keep("signal", alpha_bar.sqrt())
@@ -539,7 +539,7 @@ class DiffusionSchedule(nn.Module):
         self.register_buffer(name, numbers.float(), persistent=False)
 
     def predict_z(self, x_t, noise, t):
-        """The z from which x_t (..., L) came, if its noise (..., L) was this, at step t (...)."""
+        """Solve x_t = signal z + noise_t noise for z: x_t, noise (..., L), step t (...)."""
         return (x_t - self.noise[t][..., None] * noise) / self.signal[t][..., None]
 
     def posterior_mean(self, z, x_t, t):
@@ -597,7 +597,7 @@ class DiffusionHead(TimeNet):
         return squared_error, bits
 
     def loss(self, h, mean, log_std):
-        """The sum of both terms, as the authors', at N random times per position -> (P,)."""
+        """The sum of both terms, as the authors do, at N random times per position -> (P,)."""
         z = posterior_samples(mean, log_std, self.config.num_samples)     # (N, P, L)
         t = torch.randint(1000, z.shape[:2], device=z.device)      # (N, P)
         squared_error, bits = self.terms(z, torch.randn_like(z), t, h)

@@ -8,8 +8,8 @@ Training: stage 1 is the autoencoder, stage 2 is CALM. (The baseline, AR, has a 
 In this order: what is trained and how (presets), flags, Muon, one step, the loop, all of it.
 
 Every batch and all noise are functions of the seed and the step. So a run that was stopped and
-resumed ends with the same weights as an uninterrupted one. Several processes together make the
-steps of a single one, if their number divides --grad_accum.
+resumed ends with the same weights as an uninterrupted one. Several processes share the
+micro-batches of a step: if their number divides --grad_accum, it is the step of a single process.
 """
 import math
 import sys
@@ -42,8 +42,8 @@ KINDS = ("autoencoder", "calm", "ar")   # of models, stages and checkpoints
 @dataclass
 class TrainConfig:
     """How a stage is trained. The defaults are the paper's (section 6) for CALM."""
-    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for matrices, except those of tokens
-    lr: float = 3e-4           # peak learning rate of AdamW, for all that Muon does not have
+    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for matrices without a row per token
+    lr: float = 3e-4           # peak learning rate of AdamW, which has all that Muon does not have
     muon_lr: float = 0.01      # peak learning rate of Muon
     weight_decay: float = 0.1  # of matrices; vectors have none
     grad_clip: float = 1.0     # largest norm of the gradient
@@ -60,7 +60,7 @@ class TrainConfig:
             raise ValueError(f"decay_frac must be at most 1, not {self.decay_frac}")
 
 
-# The paper's recipe, for models of four sizes. ae_ stands before what is the autoencoder's.
+# The paper's recipe, for models of four sizes. Settings of the autoencoder begin with ae_.
 PAPER = dict(latent_dim=128, n_head=16, block_size=2048,
              ae_warmup_steps=1000, ae_max_steps=30_000, ae_batch_size=2)
 
@@ -181,7 +181,7 @@ def parse_args(argv):
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.out_dir = out_dir
-        for name in FIXED:   # (vocab_size has no flag: it is the saved one on both sides)
+        for name in FIXED:   # vocab_size, too, which has no flag: args has the saved one
             asked = getattr(args, name)
             if asked != saved[name]:
                 fail(f"{out_dir} has {name} {saved[name]}, this run asks for {asked}: "
@@ -444,7 +444,7 @@ class Stage:
         if self.path.exists():
             self.resume()
         elif (args.out_dir / f"{args.model}.pt").exists():
-            # calm.pt is here, and its autoencoder.pt is not.
+            # Stage 2 was trained, but the autoencoder that it needs is not there any more.
             fail(f"{self.path}, which {args.model}.pt was trained with, is gone: put it back")
 
     def resume(self):
@@ -478,7 +478,7 @@ class Stage:
         spent = self.flops_at(self.first_step - 1)
         steps = (total - spent) / (self.token_flops * self.tokens_per_step)
         resumed = self.first_step > 1
-        least = -0.5 if resumed else 0   # a finished run may have spent half a step too much
+        least = -0.5 if resumed else 0   # rounding to whole steps may have spent half a step more
         if steps < least:
             fail(f"{spent:.2e} of {total:.2e} FLOPs are spent: raise --flops, "
                  "or lower --ae_max_steps")
