@@ -87,7 +87,7 @@ def check_attention_heads(n_embd, n_head):
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # They are in no checkpoint: computed on the CPU, also for a model that is built on "meta".
+    # No checkpoint has these tables: on the CPU even where the model is built on "meta", empty.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)                                     # (positions, hs)
@@ -114,7 +114,7 @@ class KVCache:
             B, nh, _, hs = k.shape
             self.layers[layer] = k.new_zeros(2, B, nh, self.block_size, hs)
         end = self.length + k.shape[2]
-        self.layers[layer][..., self.length:end, :] = torch.stack([k, v])
+        self.layers[layer][..., self.length:end, :] = torch.stack([k, v])    # length moves later
         return self.layers[layer][..., :end, :]
 
 
@@ -672,7 +672,7 @@ def calm_flops(config, autoencoder_config):
     tokens = torch.zeros(1, config.block_size * K).long()          # a whole context
     h = torch.zeros(1, config.n_embd)                              # a hidden state
     autoencoder = autoencoder_flops(autoencoder_config)
-    # To be quick, two evaluations of the head's network are counted (energy: one) and multiplied.
+    # A slow head needs up to 100 evaluations of its network: counting two, and halving, is quicker.
     evals = min(config.num_evals, 2)
     model = CALM(replace(config, num_evals=evals), Autoencoder(autoencoder_config)).to("meta")
 

@@ -9,7 +9,8 @@ In this order: what is trained and how (presets), flags, Muon, one step, the loo
 
 Every batch and all noise are functions of the seed and the step. So a run that was stopped and
 resumed ends with the same weights as an uninterrupted one. Several processes share the
-micro-batches of a step: if their number divides --grad_accum, it is the step of a single process.
+micro-batches of a step. If the number of processes divides --grad_accum, the step is the same as
+with one process.
 """
 import math
 import sys
@@ -42,8 +43,8 @@ KINDS = ("autoencoder", "calm", "ar")   # of models, stages and checkpoints
 @dataclass
 class TrainConfig:
     """How a stage is trained. The defaults are the paper's (section 6) for CALM."""
-    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for matrices without a row per token
-    lr: float = 3e-4           # peak learning rate of AdamW, which has all that Muon does not have
+    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for all but TOKEN_MATRICES, vectors
+    lr: float = 3e-4           # peak learning rate of AdamW, which trains whatever Muon does not
     muon_lr: float = 0.01      # peak learning rate of Muon
     weight_decay: float = 0.1  # of matrices; vectors have none
     grad_clip: float = 1.0     # largest norm of the gradient
@@ -68,7 +69,7 @@ PAPER = dict(latent_dim=128, n_head=16, block_size=2048,
 SMALL = dict(latent_dim=32, n_head_layer=1,
              num_samples=4, num_targets=32, alpha=0.5, aux_weight=0.5,
              optimizer="muon", muon_lr=0.01,
-             lr=2e-2,   # AdamW's, which has only token tables, norms and biases then
+             lr=2e-2,   # of AdamW, which trains only token tables, norms and biases then
              warmup_steps=50, decay_frac=0.8, grad_accum=1,
              ae_n_embd=128, ae_n_ff=64,
              ae_optimizer="muon", ae_lr=6e-3, ae_warmup_steps=50, ae_decay_frac=0.8,
@@ -93,7 +94,7 @@ PRESETS = {
 
 # --- The flags: one for every field of a config. On a first reading, skip to "Optimizers" ---
 
-# In these CALM and its autoencoder must agree: one flag is for both.
+# CALM and its autoencoder must agree on these, so one flag sets both.
 SHARED = {"vocab_size", "chunk_size", "latent_dim"}
 # Both stages have settings of these names: the flags for the autoencoder's begin with --ae_.
 PREFIXED = {"n_embd", "n_ff", "n_layer", *(field.name for field in fields(TrainConfig))}
@@ -107,7 +108,7 @@ def flag(name, kind):
 # Settings that are never taken from a checkpoint.
 OWN = {"resume", "out_dir", "device", "model"}
 # With --resume all other settings come from the checkpoint. A flag may change them, but not these,
-# which the weights and the optimizers depend on.
+# which say what is trained, and for what.
 FIXED = {"preset", "optimizer", "ae_optimizer"}
 FIXED |= {flag(field.name, "calm") for field in fields(CALMConfig)}
 FIXED |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)}
@@ -181,7 +182,7 @@ def parse_args(argv):
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.out_dir = out_dir
-        for name in FIXED:   # vocab_size, too, which has no flag: args has the saved one
+        for name in FIXED:   # (vocab_size has no flag and passes here; check_fits checks it)
             asked = getattr(args, name)
             if asked != saved[name]:
                 fail(f"{out_dir} has {name} {saved[name]}, this run asks for {asked}: "
@@ -224,7 +225,7 @@ def check_settings(args):
         except ValueError as error:   # whose text begins with the name of a field
             name, what = str(error).split(maxsplit=1)
             fail(f"--{flag(name, kind)} {what}")
-    least = args.stride + max(4, args.chunk_size)   # `stride` tokens to read, then an n-gram
+    least = args.stride + max(4, args.chunk_size)   # `stride` tokens to read, then what is scored
     if args.context < least and args.model != "autoencoder":
         fail(f"--block_size {args.block_size} is too short a context for BrierLM: "
              "take a longer one")
@@ -246,8 +247,8 @@ def make_model(kind, args, autoencoder=None):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024), for matrices: a step along their momentum, made orthogonal.
 
-    torch.optim.Muon computes in bfloat16. On a CPU that has no bfloat16 a step of it takes seconds;
-    this one computes in float32 there.
+    torch.optim.Muon computes in bfloat16. On a CPU that has no bfloat16 each of its steps takes
+    seconds; this one computes in float32 there.
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
@@ -280,8 +281,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(g):
     """Matrices g = U S V^T (n, rows, columns) -> about U V^T, by five Newton-Schulz steps.
 
-    Each step takes every singular value s to a s + b s^3 + c s^5. Five take what lies in (0, 1],
-    unless it is tiny, to about 1.
+    Each step takes every singular value s to a s + b s^3 + c s^5. After five steps, all that was
+    in (0, 1] and not tiny is about 1.
     """
     a = 3.4445                                                     # Jordan's numbers
     b = -4.7750
@@ -453,8 +454,8 @@ class Stage:
         checkpoint = load_checkpoint(self.path, self.kind)
         check_fits(checkpoint, self.path, self.model.config, self.data)
         done = checkpoint["done"]
-        # Only an autoencoder on the way to CALM can be skipped. What --model names never is, for a
-        # larger --max_steps may ask for more.
+        # Only an autoencoder on the way to CALM is skipped. The model that --model names is not:
+        # a larger --max_steps may ask for more steps.
         self.skip = done and self.kind != self.args.model
         if not self.skip and not self.args.resume:
             state = "already trained" if done else "unfinished"
@@ -478,7 +479,7 @@ class Stage:
         spent = self.flops_at(self.first_step - 1)
         steps = (total - spent) / (self.token_flops * self.tokens_per_step)
         resumed = self.first_step > 1
-        least = -0.5 if resumed else 0   # rounding to whole steps may have spent half a step more
+        least = -0.5 if resumed else 0   # steps are rounded: a finished run may be over by a half
         if steps < least:
             fail(f"{spent:.2e} of {total:.2e} FLOPs are spent: raise --flops, "
                  "or lower --ae_max_steps")
@@ -593,7 +594,7 @@ def train(stage):
         seconds = time.time() - started   # in training
         metrics = {}
         if evaluating:
-            metrics = validate(stage, brier_windows=0 if last else 32)   # at the end: see finish
+            metrics = validate(stage, brier_windows=0 if last else 32)   # finish() does more
             started = time.time() - seconds
         stage.report(bar, step, loss, seconds, metrics)
         if evaluating or stopping:
