@@ -13,7 +13,8 @@ from data.console import fail
 TENSOR_NAMES = {
     r"^(.*\.)?(?=(en|de)coder\.)": "autoencoder.",
     r"transformer\.embed_tokens": "embed_tokens",
-    r"mlp_generator|generative_head\.net": "head",
+    # Their energy model has its head under two names, and a saved file may have either, or both.
+    r"mlp_generator|generative_head(\.net)?": "head",
     r"time_embed\.mlp": "time_embed",
 }
 # Names of sizes in config.json, theirs -> ours in CALMConfig.
@@ -26,6 +27,15 @@ SIZE_NAMES = {
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "num_mlp_layers": "n_head_layer",
+}
+# Settings in config.json that have no counterpart here: with another value it is another model.
+FIXED = {
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
 }
 
 
@@ -68,14 +78,14 @@ def tie_embedding(state):
 
 def calm_sizes(config):
     """config.json -> fields of CALMConfig."""
-    n_head = config["num_attention_heads"]
-    theta = config.get("rope_theta", 10000)
-    if config.get("num_key_value_heads", n_head) != n_head or theta != 10000:
-        raise ValueError("expected num_key_value_heads to be num_attention_heads, "
-                         "and rope_theta 10000")
+    expected = {**FIXED, "num_key_value_heads": config["num_attention_heads"]}
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{name} is {config[name]}, expected {value}")
     sizes = {ours: int(config[theirs]) for theirs, ours in SIZE_NAMES.items()}
     sizes["n_noise"] = int(config.get("noise_size", 64))
     sizes["num_samples"] = int(config.get("num_samples", 8))
+    sizes["alpha"] = float(config.get("beta", 1.0))
     sizes["block_size"] = min(2048, int(config.get("max_position_embeddings", 2048)))
     return sizes
 

@@ -188,6 +188,22 @@ def test_a_published_directory_loads_in_both_formats(tmp_path, form, prefix):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("names", [["generative_head"], ["mlp_generator", "generative_head"]])
+def test_the_energy_head_loads_under_either_of_its_names_or_both(tmp_path, names):
+    """In the authors' energy model generative_head is mlp_generator: a file may have both."""
+    theirs = {}
+    for name, tensor in together().items():
+        for alias in names if name.startswith("mlp_generator.") else [""]:
+            theirs[name.replace("mlp_generator", alias)] = tensor
+    assert any(name.startswith("generative_head.") for name in theirs)
+    config = SIZES["lm"] | {"beta": 0.5}
+    one = load_official(publish(tmp_path / "one", theirs, config, "bin"))
+    other = load_official(publish(tmp_path / "other", together(), config, "bin"))
+    assert all(torch.equal(p, other.state_dict()[name]) for name, p in one.state_dict().items())
+    assert one.config.alpha == 0.5   # which they call beta
+
+
+@torch.no_grad()
 def test_bfloat16_weights_in_several_files_load(tmp_path):
     tensors = {name: tensor.bfloat16() for name, tensor in together().items()}
     del tensors["ae_model.decoder.lm_head_weight"]   # tied weights may be stored once
@@ -212,7 +228,8 @@ EMBEDDING = "ae_model.decoder.lm_head_weight"
 NOT_PUBLISHED = {   # tensors, config.json, what is said
     "no autoencoder": (weights("energy"), SIZES["lm"], "CALM-Autoencoder is not a published model"),
     "an autoencoder": (weights("autoencoder"), SIZES["ae"], "KeyError"),
-    "other positions": (together(), SIZES["lm"] | {"rope_theta": 500_000}, "rope_theta 10000"),
+    "other positions": (together(), SIZES["lm"] | {"rope_theta": 500_000}, "expected 10000"),
+    "another norm": (together(), SIZES["lm"] | {"rms_norm_eps": 1e-5}, "expected 1e-06"),
     "no sizes": (together(), SIZES["lm"] | {"hidden_size": "wide"}, "ValueError"),
     "a list": (together(), [1, 2], "TypeError"),
     "a tensor too many": (together() | {"odd": torch.zeros(2)}, SIZES["lm"], 'Unexpected key(s)'),
