@@ -317,7 +317,7 @@ class CALM(nn.Module):
         self.transformer = Transformer(config)
         if config.aux_weight > 0:                                  # ours: see auxiliary_loss
             self.aux = nn.Linear(D, K * config.vocab_size)
-            self.aux_every = math.ceil(config.vocab_size / 4096)   # only every so many positions
+            self.aux_every = math.ceil(config.vocab_size / 4096)   # at one of so many positions
         self.apply(init_weights)                                   # all of the above
         self.head = HEADS[config.head](config)                     # it initialises itself
         self.autoencoder = autoencoder.requires_grad_(False)       # it is trained already
@@ -366,22 +366,22 @@ class CALM(nn.Module):
     def sample_chunks(self, h, n):
         """n next chunks given each h (..., D) -> tokens (n, ..., K), made in slices: so memory
         stays bounded."""
-        positions = h.numel() // h.shape[-1]
-        at_once = max(1, 2**14 // positions)                       # at most 2^14 vectors
+        at_once = max(1, 2**14 * h.shape[-1] // h.numel())         # at most 2^14 vectors
         z = [self.head.sample(h, min(at_once, n - done)) for done in range(0, n, at_once)]
         z = torch.cat(z)                                           # (n, ..., L)
         logits_at_once = 2**27 if z.is_cuda else 2**23             # 32 MB: a CPU's cache
         rows = max(1, logits_at_once // (self.chunk_size * self.config.vocab_size))
-        tokens = [self.autoencoder.decode(part).argmax(-1)
+        tokens = [self.autoencoder.decode(part).max(-1).indices    # on a CPU faster than argmax
                   for part in z.flatten(0, -2).split(rows)]
         return torch.cat(tokens).view(*z.shape[:-1], self.chunk_size)
 
     def auxiliary_loss(self, h, targets):
         """Ours, not the paper's, and in training only: h (P, D) also predicts each token of the
         next chunk, targets (P, K), by a softmax -> mean cross-entropy in nats. For V > 4,096 only
-        at every aux_every-th position, which bounds the memory of the logits."""
-        logits = self.aux(h[::self.aux_every]).unflatten(-1, (self.chunk_size, -1)).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets[::self.aux_every].flatten())
+        at P / aux_every random positions, which bounds the memory of the logits."""
+        some = torch.randperm(len(h), device=h.device)[::self.aux_every]
+        logits = self.aux(h[some]).unflatten(-1, (self.chunk_size, -1)).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets[some].flatten())
 
 
 class AR(nn.Module):
@@ -453,11 +453,14 @@ class TimeNet(nn.Module):
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D)),
             "linear": nn.Linear(D, out),
         })
-        self.apply(init_weights)
-        # At first no block does anything, and the output is zero.
+        # First weights as the authors': at first no block does anything, and the output is zero.
         for name, parameter in self.named_parameters():
-            if "adaLN_modulation" in name or "final_layer" in name:
+            if name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)
+            elif "time_embed" in name:
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.ndim == 2:
+                nn.init.xavier_uniform_(parameter)
 
     def forward(self, x, t, h):
         """x (..., L), t (...) from 0 to 999, h (..., D) -> (..., out), in float32."""
@@ -633,7 +636,8 @@ def flops_per_token(config, autoencoder_config=None):
     -> {"train": x, "inference": x}, and for some also the forward pass of each part, by name.
 
     A multiply-add is two FLOPs. Attention counts as if every position saw the whole context.
-    Training costs three forward passes. What a chunk costs is shared by its K tokens.
+    Training costs three forward passes. What a chunk costs is shared by its K tokens. Inference is
+    at T = 1, with one sample per chunk; each more, for a lower temperature, adds "candidate".
     """
     with torch.device("meta"):   # tensors of shapes without numbers: nothing is computed
         if isinstance(config, AutoencoderConfig):
@@ -684,6 +688,7 @@ def calm_flops(config, autoencoder_config):
 
     return {"train": 3 * (hidden + samples + aux) + autoencoder["encode"],
             "inference": hidden + config.num_evals * one + autoencoder["decode"],
+            "candidate": config.num_evals * one + autoencoder["decode"],
             "inputs": inputs, "transformer": hidden - inputs, "samples": samples, "aux": aux,
             "encode": autoencoder["encode"]}
 
