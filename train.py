@@ -30,7 +30,7 @@ from calm import AR, CALM, HEADS, ARConfig, CALMConfig, flops_per_token
 from data.checkpoint import (append_log, check_fits, load_checkpoint, rewind_log, save_checkpoint,
                              saved_settings)
 from data.console import Parser, add_fields, clean_end, fail, within
-from data.machine import Machine, select_device, select_dtype
+from data.machine import Machine, seed_noise, select_device
 from data.prepare import load_data
 from sample import cast_matrices, continue_text
 
@@ -248,11 +248,13 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024), for matrices: a step along their momentum, made orthogonal.
 
     torch.optim.Muon computes in bfloat16. On a CPU that has no bfloat16 each of its steps takes
-    seconds; this one computes in float32 there.
+    seconds; this one computes in the precision of the run, `dtype`.
     """
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        # float16 has too small a range for powers of singular values.
+        self.dtype = torch.float32 if dtype == torch.float16 else dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -273,7 +275,7 @@ class Muon(torch.optim.Optimizer):
         nesterov = gradient.lerp(average, group["momentum"])
         rows, columns = matrices[0].shape
         step_size = group["lr"] * max(1, rows / columns) ** 0.5    # Jordan's, for tall matrices
-        updates = step_size * orthogonal(nesterov)
+        updates = step_size * orthogonal(nesterov.to(self.dtype)).type_as(gradient)
         for p, update in zip(matrices, updates):
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
 
@@ -287,16 +289,14 @@ def orthogonal(g):
     a = 3.4445                                                     # Jordan's numbers
     b = -4.7750
     c = 2.0315
-    dtype = select_dtype("auto", g.device)
-    x = g.to(torch.float32 if dtype == torch.float16 else dtype)   # float16 has too small a range
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)       # so that no s is above 1
+    x = g / g.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)       # so that no s is above 1
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     for _ in range(5):
         square = x @ x.mT                                          # the smaller of the two products
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.mT if tall else x).type_as(g)
+    return x.mT if tall else x
 
 
 # Matrices with a row for each token of the vocabulary are left to AdamW.
@@ -308,8 +308,12 @@ TOKEN_MATRICES = (
 )
 
 
-def make_optimizers(model, config):
-    """AdamW; and, if config.optimizer says so, Muon for all matrices but TOKEN_MATRICES -> list."""
+def make_optimizers(model, config, dtype=torch.float32):
+    """AdamW; and, if config.optimizer says so, Muon for all matrices but TOKEN_MATRICES -> list.
+
+    Muon's matrices are those inside the Transformer, and also the first and the last of what stands
+    around it: embed_proj, all of the head, all of the autoencoder. dtype: of Muon's own products.
+    """
     vectors = []       # norms and biases: AdamW, without weight decay
     matrices = []      # AdamW
     of_muon = []
@@ -326,7 +330,7 @@ def make_optimizers(model, config):
     optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, 0.95), 1e-8, config.weight_decay,
                                     fused=True)]
     if of_muon:
-        optimizers.append(Muon(of_muon, config.muon_lr, config.weight_decay))
+        optimizers.append(Muon(of_muon, config.muon_lr, config.weight_decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -350,15 +354,15 @@ def set_rates(optimizers, step, config):
 def micro_batches(data, seed, machine, kind, step, count, batch_size, length):
     """This process's `count` micro-batches of a step -> tokens (batch_size, length), one by one.
 
-    Windows begin at any token of the text, so the borders of chunks fall anywhere. Each micro-batch
-    seeds torch anew, so that the model draws the same noise for it on any number of processes.
+    Windows begin at any token of the text, at random: the borders of chunks fall anywhere, and some
+    parts are read more often than others. Each micro-batch seeds torch anew, so that the model
+    draws the same noise for it on any number of processes.
     """
     number = KINDS.index(kind)
     total = machine.size * count
     offsets = data.random_offsets("train", total * batch_size, length, (seed, number, step))
     for micro in range(machine.rank, total, machine.size):
-        # The seed is one number of four: seed, kind, step, micro-batch.
-        torch.manual_seed((seed << 40) + (number << 38) + (step << 12) + micro)
+        seed_noise(seed, number, step, micro)
         own = offsets[micro * batch_size:(micro + 1) * batch_size]
         yield data.batch("train", own, length).to(machine.device)
 
@@ -404,7 +408,8 @@ def validate(stage, brier_windows):
         result = eval_brier.evaluate(stage.model, stage.data, machine.device, machine.dtype,
                                      brier_windows, stage.args.stride)
         metrics["brierlm"] = result["brierlm"]
-        metrics["stderr"] = result["stderr"]
+        if result["stderr"] is not None:
+            metrics["stderr"] = result["stderr"]
     stage.model.train()
     return metrics
 
@@ -428,7 +433,7 @@ class Stage:
         self.config = config_of(TrainConfig, args, kind)
 
         self.model = model.to(machine.device).train()
-        self.optimizers = make_optimizers(model, self.config)
+        self.optimizers = make_optimizers(model, self.config, machine.dtype)
         self.scaler = torch.amp.GradScaler(machine.device.type,
                                            enabled=machine.dtype == torch.float16)
 
@@ -530,6 +535,7 @@ class Stage:
             "flops": self.flops_at(step),
             "settings": settings,
             "data": self.data.meta,
+            "document_start": self.data.document_start(),
             **self.extra,
         })
 

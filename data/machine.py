@@ -11,6 +11,7 @@ import warnings
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -70,6 +71,12 @@ def autocast(device, dtype):
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def seed_noise(*numbers):
+    """Seed torch's noise with a hash of whole numbers, such as a seed and a step. On a CPU torch
+    keeps only the lowest 32 bits of a seed: numbers that stand side by side in it would be lost."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
 def why_not_compile(device):

@@ -1,8 +1,10 @@
 """Training: it learns, it resumes, several processes agree; the optimizer, the flags, the bench."""
+import itertools
 import math
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import eval_brier
 import sample
 import train
 from data.machine import Machine
+from data.prepare import load_data
 from helpers import (TINY, assert_one_line, assert_same_weights, checkpoint_of,
                      last_line, log_of, losses, torchrun)
 
@@ -199,6 +202,22 @@ def test_two_processes_make_the_steps_of_one(model, fit, foxes, data_dir, tmp_pa
     assert done.returncode == 0, done.stderr
     assert_same_weights(one, two, model, rtol=1e-3, atol=1e-5)
     assert losses(one, model) == pytest.approx(losses(two, model), rel=1e-4)
+
+
+@torch.no_grad()
+def test_every_micro_batch_has_noise_of_its_own(trained):
+    """A function of seed, kind of model, step and micro-batch, and of each of them."""
+    data = load_data(trained / "foxes4")
+    machine = SimpleNamespace(size=1, rank=0, device="cpu")
+
+    def noise(seed, kind, step):
+        batches = train.micro_batches(data, seed, machine, kind, step, 3, 2, 16)
+        return [torch.rand(3).tolist() for _ in batches]
+
+    numbers = list(itertools.product((0, 1, 4096), ("autoencoder", "calm", "ar"), (1, 2, 4097)))
+    drawn = sum((noise(*each) for each in numbers), [])
+    assert len({tuple(x) for x in drawn}) == 27 * 3
+    assert sum((noise(*each) for each in numbers), []) == drawn
 
 
 # --- Muon, compiling -----------------------------------------------------------------------
