@@ -1,7 +1,8 @@
 """
 BrierLM: how well does a model predict, judged from its samples alone (section 4 of the paper)?
 
-    python eval_brier.py                            # BrierLM of the default run
+    python eval_brier.py                            # BrierLM of the default run, and its text
+    python eval_brier.py --against out/stdlib/ar.pt # is it better than another model?
     python eval_brier.py --frontier                 # accuracy and collision over temperatures
     python eval_brier.py --plot curves.svg out/*    # BrierLM over training FLOPs, from logs
 
@@ -14,18 +15,22 @@ Shapes: S samples, P positions, B windows of W tokens, K tokens in a chunk, D wi
 """
 import json
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from calm import AR, KVCache
+from autoencoder import posterior_samples
+from calm import AR, KVCache, flops_per_token
 from data.checkpoint import check_tokenizer
 from data.console import Parser, clean_end, fail, within
 from data.figure import plot
-from data.machine import autocast
+from data.machine import autocast, seed_noise
 from data.prepare import load_data
-from sample import add_model_flags, check_vocabulary, draw, generate, load
+from sample import add_model_flags, check_vocabulary, draw, generate, load, load_model
 
 
 # --- The score -----------------------------------------------------------------------------
@@ -40,10 +45,9 @@ def hit_and_collision(samples, targets):
     samples = samples[..., :4]
     targets = targets[..., :4]
     # The cumulative product over tokens is 1 as long as all tokens so far are equal.
-    hit = (samples == targets).cumprod(-1).float().mean(0)                  # (P, 4)
-    equal = (samples[:, None] == samples[None]).cumprod(-1).float()         # (S, S, P, 4)
-    pairs = equal.sum((0, 1)) - S                                  # without a sample and itself
-    return hit, pairs / (S * (S - 1))
+    hit = (samples == targets).cumprod(-1).float().mean(0)         # (P, 4)
+    pairs = sum((a == samples).cumprod(-1).sum(0) for a in samples)   # (P, 4), one a at a time
+    return hit, (pairs - S) / (S * (S - 1))                        # without a sample and itself
 
 
 def brier_ngram(samples, targets):
@@ -139,10 +143,44 @@ def ngram_stride(K):
     return K * math.ceil(4 / K)
 
 
+# --- The score of a data set, with its error -----------------------------------------------
+
+
+@dataclass
+class Scores:
+    """Sums over the n-grams, n = 1..4, that begin in each of D documents."""
+    hit: np.ndarray          # of E[1[a = y]], (D, 4)
+    collision: np.ndarray    # of E[1[a = b]], (D, 4)
+    count: np.ndarray        # number of n-grams, (D,)
+    stride: int              # from one n-gram's start to the next, in tokens
+    context: int             # tokens in a window
+    samples: int             # S
+
+    def means(self, weights=1.0):
+        """Means over all n-grams -> hit, collision (..., 4) each.
+
+        weights (..., D): how often each document counts.
+        """
+        weights = weights * np.ones(len(self.count))
+        total = (weights @ self.count)[..., None]
+        return (weights @ self.hit) / total, (weights @ self.collision) / total
+
+    def brierlm(self, weights=1.0):
+        """BrierLM (...), with documents weighted as in `means`."""
+        hit, collision = self.means(weights)
+        return brierlm(2 * hit - collision)
+
+    def bootstrap(self, seed=0):
+        """Weights of 1000 data sets of D documents each, drawn from these with repetition (1000, D).
+        What varies over them is the error that a number owes to the choice of the documents."""
+        D = len(self.count)
+        return np.random.default_rng(seed).multinomial(D, np.full(D, 1 / D), size=1000)
+
+
 @torch.inference_mode()
-def evaluate(model, data, device, dtype, windows=375, stride=None, context=None, num_draws=4,
-             seed=0, progress=False, **sampling):
-    """BrierLM on the validation split -> dict of results, with a standard error.
+def score_documents(model, data, device, dtype, windows=375, stride=None, context=None,
+                    num_draws=4, seed=0, progress=False, **sampling):
+    """Score the validation split -> Scores.
 
     windows: of `context` tokens each (default: the model's context), spread evenly over the split.
     stride: from one n-gram's start to the next, in tokens (default: ngram_stride of the model's K).
@@ -163,31 +201,63 @@ def evaluate(model, data, device, dtype, windows=375, stride=None, context=None,
     with autocast(device, dtype):
         batches = range(0, len(offsets), 32)
         for i in tqdm(batches, desc="BrierLM", disable=not progress, leave=False):
-            torch.manual_seed((seed << 20) + i)
+            seed_noise(seed, i)
             tokens = data.batch("val", offsets[i:i + 32], context).to(device)
-            scores.append(score_windows(model, tokens, stride, num_draws, **sampling).float().cpu())
-    scores = torch.cat(scores, dim=1)                              # (2, windows, starts, 4)
-    accuracy, collision = scores.mean(2).double().numpy()          # (windows, 4) each
-    brier = 2 * accuracy - collision
+            scores.append(score_windows(model, tokens, stride, num_draws, **sampling).cpu())
+    scores = torch.cat(scores, dim=1).double()                     # (2, windows, starts, 4)
 
-    # The standard error, by a bootstrap: BrierLM of windows drawn anew, with repetition.
-    drawn = np.random.default_rng(seed).integers(0, len(brier), size=(1000, len(brier)))
-    return {"brier": brier.mean(0).tolist(), "brierlm": float(brierlm(brier.mean(0))),
-            "stderr": float(brierlm(brier[drawn].mean(1)).std()),
-            "accuracy": accuracy.mean(0).tolist(), "collision": collision.mean(0).tolist(),
-            "positions": scores.shape[1] * scores.shape[2], "samples": num_draws,
-            "context": context, "stride": stride}
+    starts = offsets[:, None] + stride * np.arange(1, scores.shape[2] + 1)    # (windows, starts)
+    numbers = data.document_numbers(starts.ravel())
+    document = torch.from_numpy(np.unique(numbers, return_inverse=True)[1])   # from 0 on
+    sums = torch.zeros(2, document.max() + 1, 4, dtype=torch.float64)
+    sums.index_add_(1, document, scores.flatten(1, 2))
+    return Scores(*sums.numpy(), document.bincount().numpy(), stride, context, num_draws)
+
+
+def summary(scores):
+    """Scores -> dict of results; its errors are over documents."""
+    hit, collision = scores.means()
+    error = None   # of one document it cannot be told
+    if len(scores.count) > 1:
+        error = float(scores.brierlm(scores.bootstrap()).std())
+    return {"brier": (2 * hit - collision).tolist(), "brierlm": float(scores.brierlm()),
+            "stderr": error, "accuracy": hit.tolist(), "collision": collision.tolist(),
+            "documents": len(scores.count), "positions": int(scores.count.sum()),
+            "samples": scores.samples, "context": scores.context, "stride": scores.stride}
+
+
+def evaluate(*args, **kwargs):
+    """BrierLM on the validation split -> dict of results. Arguments: those of score_documents."""
+    return summary(score_documents(*args, **kwargs))
 
 
 def describe(result):
     """What `evaluate` found, as a line."""
     ngrams = [f"Brier-{n} {100 * brier:.2f}" for n, brier in enumerate(result["brier"], 1)]
-    return (f"BrierLM {result['brierlm']:.2f} +- {result['stderr']:.2f} ({', '.join(ngrams)}; "
-            f"{result['positions']:,} positions, {result['stride']} tokens apart, "
-            f"in windows of {result['context']})")
+    error = "?" if result["stderr"] is None else f"{result['stderr']:.2f}"
+    return (f"BrierLM {result['brierlm']:.2f} +- {error} ({', '.join(ngrams)}; "
+            f"{result['positions']:,} positions in {result['documents']} documents, "
+            f"{result['stride']} tokens apart, in windows of {result['context']})")
 
 
-# --- Beside the score: variety of the text, and what a temperature trades ------------------
+def difference(scores, other):
+    """Is one model better than another? Both scored at the same n-grams -> dict.
+
+    Some documents are harder than others, for both models. The error is that of the difference,
+    with the same documents drawn for both, and leaves this out.
+    """
+    weights = scores.bootstrap()
+    drawn = scores.brierlm(weights)
+    other_drawn = other.brierlm(weights)
+    ratio = drawn / other_drawn.clip(1e-9)
+    return {"brierlm": float(other.brierlm()),
+            "difference": float(scores.brierlm() - other.brierlm()),
+            "difference_stderr": float((drawn - other_drawn).std()),
+            "ratio": float(scores.brierlm() / other.brierlm().clip(1e-9)),
+            "ratio_stderr": float(ratio.std())}
+
+
+# --- Beside the score: what BrierLM cannot see ---------------------------------------------
 
 
 def distinct(texts, n=4):
@@ -196,38 +266,102 @@ def distinct(texts, n=4):
     return len(ngrams.unique(dim=0)) / len(ngrams)
 
 
+def bits_per_token(judge, texts, begin):
+    """What texts (B, length) cost from token `begin` on, read by an AR model: the mean of
+    -log2 P(token | all before it). Text that is unlike any real one is expensive."""
+    bits = []
+    for part in texts.split(8):
+        logits = judge.lm_head(judge.hidden(part[:, :-1])[:, begin - 1:]).float()
+        bits.append(F.cross_entropy(logits.transpose(1, 2), part[:, begin:], reduction="none"))
+    return torch.cat(bits).mean().item() / math.log(2)
+
+
 @torch.inference_mode()
-def compare_text(model, data, device, dtype, texts=64, seed=0):
-    """distinct-4 of the model's continuations of held-out beginnings, and of the real ones."""
+def compare_texts(model, judge, data, device, dtype, texts=64, seed=0):
+    """Held-out beginnings, as they go on in truth and as the models continue them at T = 1 and 1/2
+    -> {whose text: (distinct-4, bits per token)}
+
+    judge: an AR that reads all of them, and writes, too; None: no bits.
+    """
     K = model.chunk_size
     length = min(max(320, 5 * K), model.config.block_size * K)
-    windows = data.batch("val", data.even_offsets("val", texts, length), length)
-    beginning = max(length // 5 // K, 1) * K
-    prompt = windows[:, :beginning].to(device)
-    torch.manual_seed(seed)
-    with autocast(device, dtype):   # without eot: it goes on past any end-of-text
-        made = generate(model, prompt, length - beginning)
-    return distinct(made[:, beginning:].cpu()), distinct(windows[:, beginning:])
+    if judge is not None:
+        length = min(length, judge.config.block_size)
+    windows = data.batch("val", data.even_offsets("val", texts, length), length).to(device)
+    begin = max(length // 5 // K, 1) * K
+    written = {"real": windows}
+    with autocast(device, dtype):
+        for name, writer in (("model", model), ("judge", judge)):
+            if writer is None:
+                continue
+            for T in (1.0, 0.5):
+                seed_noise(seed)
+                # Without eot: it goes on past any end-of-text.
+                written[f"{name}, T = {T:g}"] = generate(writer, windows[:, :begin],
+                                                         length - begin, T)
+        return {name: (distinct(text[:, begin:].cpu()),
+                       bits_per_token(judge, text, begin) if judge else None)
+                for name, text in written.items()}
 
 
-def frontier(args, measure):
+def distances_to_means(autoencoder, z):
+    """How far vectors z (P, L) lie from the mean of the chunk that they decode to, and how far
+    samples of that chunk's own posterior do -> (P,), (P,)."""
+    chunks = autoencoder.decode(z).max(-1).indices                 # (P, K)
+    mean, log_std = (part.float() for part in autoencoder.encode(chunks))
+    y = posterior_samples(mean, log_std, 1)[0]                     # (P, L)
+    return (z - mean).norm(dim=-1), (y - mean).norm(dim=-1)
+
+
+@torch.inference_mode()
+def off_manifold(model, data, device, dtype, windows=32, seed=0):
+    """Does the head oversmooth, that is, draw vectors between the chunks? The medians of
+    `distances_to_means` over its samples at held-out positions -> two numbers."""
+    context = model.config.block_size * model.chunk_size
+    tokens = data.batch("val", data.even_offsets("val", windows, context), context).to(device)
+    seed_noise(seed)
+    with autocast(device, dtype):
+        z = model.head.sample(model.hidden(tokens).flatten(0, 1), 1)[0].float()    # (P, L)
+        of_samples, of_posterior = distances_to_means(model.autoencoder, z)
+    return of_samples.median().item(), of_posterior.median().item()
+
+
+# --- What a temperature trades -------------------------------------------------------------
+
+
+def frontier(args, model, measure):
     """Print accuracy and collision rate (figures 10 and 11), geometric means over n = 1..4, of
-    each number of candidates and temperature. measure(temperature, num_candidates): `evaluate`."""
-    print("temperature  candidates   accuracy  collision    BrierLM")
+    each limit of candidates and each temperature, with errors over documents.
+
+    measure(temperature, num_candidates, calls): score_documents.
+    """
+    autoencoder_config = None if isinstance(model, AR) else model.autoencoder.config
+    flops = flops_per_token(model.config, autoencoder_config)
+    print("temperature  candidates: at most  drawn          accuracy         collision"
+          "         BrierLM  FLOPs/token")
     for N in args.candidates or [200]:
         for T in args.temperatures or (1, 0.8, 0.65, 0.5, 0.33):
             if N < 1 / T:
-                print(f"{T:11.2f}  {N:10}  too few candidates: at least 1/T")
+                print(f"{T:11.2f}  {N:19}  too few candidates: at least 1/T")
                 continue
-            result = measure(temperature=T, num_candidates=N)
-            accuracy = float(brierlm(np.array(result["accuracy"]))) / 100
-            collision = float(brierlm(np.array(result["collision"]))) / 100
-            score = result["brierlm"]
-            print(f"{T:11.2f}  {N:10}  {accuracy:9.4f}  {collision:9.4f}  {score:9.4f}")
+            calls = []
+            scores = measure(temperature=T, num_candidates=N, calls=calls)
+            drawn = torch.cat(calls).double().mean().item() if calls else 1.0
+            cost = flops["inference"] + (drawn - 1) * flops.get("candidate", 0.0)
+            weights = scores.bootstrap()
+            row = {"temperature": T, "num_candidates": N, "candidates_drawn": drawn,
+                   "flops_per_token": cost}
+            for i, name in enumerate(("accuracy", "collision")):
+                row[name] = float(brierlm(scores.means()[i])) / 100
+                row[f"{name}_stderr"] = float(brierlm(scores.means(weights)[i]).std()) / 100
+            row["brierlm"] = float(scores.brierlm())
+            row["stderr"] = float(scores.brierlm(weights).std())
+            print(f"{T:11.2f}  {N:19}  {drawn:5.1f}"
+                  f"  {row['accuracy']:.4f} +- {row['accuracy_stderr']:.4f}"
+                  f"  {row['collision']:.4f} +- {row['collision_stderr']:.4f}"
+                  f"  {row['brierlm']:5.2f} +- {row['stderr']:.2f}  {cost:11.2e}")
             if args.json:
-                print(json.dumps({"temperature": T, "num_candidates": N, "accuracy": accuracy,
-                                  "collision": collision, "brierlm": score,
-                                  "stderr": result["stderr"]}))
+                print(json.dumps(row))
 
 
 # --- Run it --------------------------------------------------------------------------------
@@ -243,6 +377,10 @@ def parse_args():
     add("--stride", type=within(4),
         help="tokens from one n-gram's start to the next; None: the run's")
     add("--context", type=within(8), help="tokens per window; None: the model's context")
+    add("--against", metavar="RUN",
+        help="compare with this run's model at the same n-grams; or with its calm.pt or ar.pt")
+    add("--judge", metavar="RUN",
+        help="a run whose ar.pt reads the text of the model; None: that beside it, if there")
     add("--frontier", action="store_true", help="accuracy and collision of each setting below")
     add("--temperatures", type=within(1e-6, 1, float), nargs="+",
         help="for --frontier; None: 1 to 0.33")
@@ -254,11 +392,60 @@ def parse_args():
     add("--json", action="store_true",
         help="end with one JSON object on a line; with --frontier one per row")
     args = parser.parse_args()
+    if args.official and args.judge:
+        fail("--judge reads the text of a run's model: drop --official")
     if (args.temperatures or args.candidates) and not args.frontier:
         fail("--temperatures and --candidates are for --frontier: add it")
     if args.official and not args.data and not args.plot:
         fail("--official needs --data, prepared with the model's tokenizer")
     return args
+
+
+def load_other(run, kind, data, device, dtype):
+    """A second model, which must have the same tokenizer -> model, checkpoint.
+
+    run: a folder, whose model of this kind is taken; or one of its checkpoints.
+    """
+    run = Path(run)
+    if run.suffix == ".pt":
+        kind = run.stem
+        run = run.parent
+    if kind not in ("calm", "ar"):
+        fail(f"expected a run's folder, its calm.pt or its ar.pt, not {run / kind}.pt")
+    model, checkpoint = load_model(run, kind, device, dtype)
+    check_tokenizer(checkpoint, data)
+    return model, checkpoint
+
+
+def report_difference(name, result):
+    print(f"{name} has {result['brierlm']:.2f}: a difference of {result['difference']:+.2f} +- "
+          f"{result['difference_stderr']:.2f}, a ratio of {result['ratio']:.3f} +- "
+          f"{result['ratio_stderr']:.3f}")
+
+
+def report_text(args, model, data, device, dtype):
+    """Print how the model's text reads -> dict of these figures."""
+    found = {"bits": {}, "distinct": {}}
+    if args.model == "calm":
+        far, usual = off_manifold(model, data, device, dtype, seed=args.seed)
+        found["off_manifold"] = far / usual
+        print(f"off the manifold: {far / usual:.1f} times as far from the mean of its chunk as a "
+              f"sample of the posterior ({far:.2f}, {usual:.2f})")
+    judge = None
+    run = args.judge or args.out_dir
+    if args.judge or (not args.official and Path(run, "ar.pt").is_file()):
+        judge, _ = load_other(run, "ar", data, device, dtype)
+    title = f"{'text':19}  distinct-4"
+    print(f"{title}  bits per token, read by the AR in {run}" if judge else title)
+    texts = compare_texts(model, judge, data, device, dtype, seed=args.seed)
+    for name, (share, bits) in texts.items():
+        found["distinct"][name] = share
+        line = f"{name:19}  {share:10.4f}"
+        if judge:
+            found["bits"][name] = bits
+            line += f"  {bits:14.3f}"
+        print(line)
+    return found
 
 
 def main():
@@ -271,29 +458,44 @@ def main():
         model, checkpoint, device, dtype = load(args)
         data = load_data(args.data or checkpoint["data"]["name"])
         stride = args.stride
+        context = args.context
         if args.official:
             check_vocabulary(model, data.tokenizer)
         else:
             check_tokenizer(checkpoint, data)
             stride = stride or checkpoint["settings"]["stride"]    # the baseline's is CALM's
+        if args.against:
+            other, other_checkpoint = load_other(args.against, args.model, data, device, dtype)
+            stride, context = common_grid(model, other, stride, other_checkpoint, context)
 
-        def measure(**sampling):
+        def measure(model=model, **sampling):
             windows = args.windows or (32 if args.frontier else 375)
-            return evaluate(model, data, device, dtype, windows, stride, args.context,
-                            args.num_draws, args.seed, progress=True, **sampling)
+            return score_documents(model, data, device, dtype, windows, stride, context,
+                                   args.num_draws, args.seed, progress=True, **sampling)
 
         if args.frontier:
-            frontier(args, measure)
+            frontier(args, model, measure)
             return
-        result = measure()
+        scores = measure()
+        result = summary(scores)
         print(describe(result))
         for name in ("accuracy", "collision"):
             numbers = "  ".join(f"{value:.4f}" for value in result.pop(name))
             print(f"{name:9} of 1 .. 4 tokens  {numbers}")
-        made, real = compare_text(model, data, device, dtype, seed=args.seed)
-        print(f"distinct-4 of its text {made:.4f}, of real text {real:.4f}")
+        if args.against:
+            result["against"] = difference(scores, measure(other))
+            report_difference(args.against, result["against"])
+        result |= report_text(args, model, data, device, dtype)
         if args.json:
             print(json.dumps({**result, "step": checkpoint["step"] if checkpoint else None}))
+
+
+def common_grid(model, other, stride, other_checkpoint, context):
+    """A stride and a context at which two models are scored at the same n-grams."""
+    stride = math.lcm(stride or ngram_stride(model.chunk_size),
+                      other_checkpoint["settings"]["stride"])
+    longest = min(m.config.block_size * m.chunk_size for m in (model, other))
+    return stride, context or longest // stride * stride
 
 
 if __name__ == "__main__":

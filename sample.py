@@ -39,7 +39,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
 
     For one row, with 1/T = n + a, where n is whole and a is in [0, 1):
 
-        start:  draw x_1 .. x_n. Unless all are equal: go to start.     # x_1 is now ~ P^n
+        start:  draw x_1 .. x_n. Once one is not x_1: go to start.      # x_1 is now ~ P^n
                 if a = 0: return x_1
                 for i = 1, 2, ...:
                     draw x
@@ -55,7 +55,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     count = n + i it is in turn i of the loop.
     draw(m) -> m samples for every row (m, batch, K)
     -> tokens (batch, K), samples that each row took (batch,). A row that is not done after
-    max_calls samples gets what Algorithm 2 picks from 200 more.
+    max_calls samples gets what Algorithm 2 picks from 200 more: it took more than max_calls.
     """
     n = math.floor(1 / temperature)
     a = 1 / temperature - n
@@ -63,7 +63,6 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     device = samples.device
     first = torch.zeros_like(samples[0])                           # x_1 of each row's attempt
     count = torch.zeros(batch, dtype=torch.long, device=device)    # samples in this attempt
-    all_equal = torch.zeros(batch, dtype=torch.bool, device=device)    # are they all x_1?
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     result = torch.zeros_like(first)                               # of the rows that are done
     calls = torch.zeros(batch, dtype=torch.long, device=device)    # samples in all attempts
@@ -73,22 +72,19 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
             active = ~done & (calls < max_calls)
             calls = calls + active
             count = count + 1
-            starting = count == 1
-            first = torch.where(starting[:, None], x, first)
+            first = torch.where((count == 1)[:, None], x, first)
             equal = (x == first).all(-1)                           # (batch,)
-            all_equal = (all_equal | starting) & equal             # not read once count > n
             i = count - n                                          # from 1 on: in the loop over i
 
             if a == 0:
-                accepted = active & all_equal & (i == 0)
+                accepted = active & equal & (i == 0)
             else:
-                accepted = active & equal & (i > 0)   # whose x_1 .. x_n were all equal
+                accepted = active & equal & (i > 0)
             result = torch.where(accepted[:, None], first, result)
             done = done | accepted
 
-            not_all_equal = (i == 0) & ~all_equal
-            unlucky = (i > 0) & ~equal & (torch.rand(batch, device=device) < a / i)
-            count = count.masked_fill(not_all_equal | unlucky, 0)  # to start
+            unlucky = (i <= 0) | (torch.rand(batch, device=device) < a / i)
+            count = count.masked_fill(~equal & unlucky, 0)         # to start
 
         if (done | (calls >= max_calls)).all():
             break
@@ -120,7 +116,8 @@ def temperature_batch(samples, temperature):
     s = 1/T and the Gamma function G. It is positive for counts c from floor(s) on; smaller ones get
     no weight.
     """
-    c = counts(samples).float()                                    # of each candidate, (N, batch)
+    # In float64, for lgamma of large numbers; on the CPU, for not every device has float64.
+    c = counts(samples).cpu().double()                             # of each candidate, (N, batch)
     s = c.amax(0).clamp_max(1 / temperature)                       # (batch,)
     log_C = (c + 1).lgamma() - (c - s + 1).lgamma()                # G(s + 1) is the same for all
     log_C = log_C.masked_fill(c < s.floor(), -math.inf)
@@ -141,45 +138,75 @@ def counts(samples):
     return (end - begin).T
 
 
-def draw(model, h, temperature=1.0, n=1, num_candidates=200, exact=None):
+def temperature_as_needed(draw, batch, temperature, num_candidates=200):
+    """Algorithm 2 with no more candidates than a row needs (ours).
+
+    8, 16, 32, ... candidates are drawn until some chunk has come 1/T times, rounded up, or there
+    are num_candidates. Algorithm 2 picks from those. An easy chunk takes few.
+    draw(m, rows) -> m samples for each of these rows (m, len(rows), K)
+    -> tokens (batch, K), samples that each row took (batch,)
+    """
+    rows = torch.arange(batch)                                     # that draw on
+    samples = draw(min(8, num_candidates), rows)                   # (N, len(rows), K)
+    result = torch.zeros_like(samples[0])                          # (batch, K)
+    calls = torch.zeros(batch, dtype=torch.long)
+    while True:
+        N = len(samples)
+        enough = (counts(samples).amax(0) >= 1 / temperature).cpu()
+        if N == num_candidates:
+            enough[:] = True
+        result[rows[enough]] = temperature_batch(samples[:, enough], temperature)
+        calls[rows[enough]] = N
+        rows = rows[~enough]
+        if len(rows) == 0:
+            return result, calls
+        more = draw(min(N, num_candidates - N), rows)
+        samples = torch.cat([samples[:, ~enough], more])
+
+
+def draw(model, h, temperature=1.0, n=1, num_candidates=200, exact=None, calls=None):
     """n next chunks for each h (B, D) at a temperature in (0, 1] -> tokens (n, B, K).
 
-    CALM draws by Algorithm 2 from num_candidates, unless `exact` is a function to draw with in its
-    place: temperature_exact, or a partial of it. AR needs neither: it has a softmax.
+    CALM draws by Algorithm 2 from up to num_candidates, unless `exact` is a function to draw with
+    in its place: temperature_exact, or a partial of it. AR needs neither: it has a softmax.
+    calls: a list; the number of samples that each chunk took (n * B,) is appended to it.
     """
     if isinstance(model, AR):
         return model.sample_chunks(h, n, temperature)
     if temperature == 1:
         return model.sample_chunks(h, n)
 
-    rows = n * len(h)
+    h_rows = h.repeat(n, 1)                                        # (n * B, D), one row per chunk
 
-    def candidates(count):
-        return model.sample_chunks(h, count * n).view(count, rows, -1)
+    def candidates(count, rows=slice(None)):
+        return model.sample_chunks(h_rows[rows], count)
 
     if exact is not None:
-        tokens, _ = exact(candidates, rows, temperature)           # (n * B, K)
+        tokens, samples = exact(candidates, len(h_rows), temperature)
     else:
-        tokens = temperature_batch(candidates(num_candidates), temperature)
+        tokens, samples = temperature_as_needed(candidates, len(h_rows), temperature,
+                                                num_candidates)
+    if calls is not None:
+        calls.append(samples.cpu())
     return tokens.view(n, len(h), -1)
 
 
 # --- Generation ----------------------------------------------------------------------------
 
 
-def pad_front(prompt, chunk_size, eot):
-    """Prompt (B, P) -> (B, P'), P' a positive multiple of K, with the token eot in front.
+def whole_chunks(prompt, chunk_size, eot):
+    """Prompt (B, P) -> (B, P'), P' a positive multiple of K: a chunk ends where the prompt ends.
 
-    So a chunk ends where the prompt ends.
+    Up to K - 1 tokens at its front are left out. What remains is like the windows of training,
+    which begin anywhere in a text; tokens in front that fill up its first chunk would not be. Only
+    a prompt shorter than a chunk is filled up, by the token eot.
     """
-    padding = -prompt.shape[1] % chunk_size
-    if prompt.shape[1] == 0:
-        padding = chunk_size
-    if padding == 0:
-        return prompt
+    length = prompt.shape[1]
+    if length >= chunk_size:
+        return prompt[:, length % chunk_size:]
     if eot is None:
-        raise ValueError("a prompt that does not fill its last chunk needs eot, to pad with")
-    return F.pad(prompt, (padding, 0), value=eot)
+        raise ValueError("a prompt that is shorter than a chunk needs eot, to fill it up")
+    return F.pad(prompt, (chunk_size - length, 0), value=eot)
 
 
 @torch.inference_mode()
@@ -195,7 +222,7 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling)
     K = model.chunk_size
     context = model.config.block_size                              # in chunks
     cache = KVCache(context)
-    text = pad_front(prompt, K, eot)
+    text = whole_chunks(prompt, K, eot)
     unread = text                                                  # what is not in the cache yet
     ended = torch.zeros(len(text), dtype=torch.bool, device=text.device)
     for _ in range(0, max_new_tokens, K):
@@ -216,7 +243,7 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling)
         text = torch.cat([text, new], dim=1)
 
 
-def check_sampling(temperature, num_candidates=None, exact=None):
+def check_sampling(temperature, num_candidates=None, **_):
     """Raise ValueError unless the temperature T is in (0, 1] and num_candidates, if it is given, is
     at least 1/T."""
     if not 0 < temperature <= 1:
@@ -239,11 +266,25 @@ def continue_text(model, data, device, dtype, seed, new_tokens=300):
     print(f"--- held-out text {'-' * 62}\n{show(data.tokenizer, prompt[0].tolist())}")
     for temperature in (1.0, 0.5):
         torch.manual_seed(seed)
+        calls = []
         with autocast(device, dtype):
             eot = border_token(data.tokenizer)
-            text = generate(model, prompt, new_tokens, temperature, eot)
-        print(f"--- continued by the model at T = {temperature:g} {'-' * 43}")
+            text = generate(model, prompt, new_tokens, temperature, eot, calls=calls)
+        cost = f", {torch.cat(calls).double().mean():.0f} samples per chunk" if calls else ""
+        print(f"--- continued by the model at T = {temperature:g}{cost} {'-' * 30}")
         print(show(data.tokenizer, text[0, prompt.shape[1]:].tolist()))
+
+
+def document_start(model, checkpoint, tokenizer):
+    """What the model reads before a new document begins -> list of ids.
+
+    In training that is the end of another document and a border token, so a run's checkpoint has
+    such a text. For a published model, the chunk that is full of border tokens.
+    """
+    if checkpoint is None:
+        return [border_token(tokenizer)] * model.chunk_size
+    context = model.config.block_size * model.chunk_size
+    return checkpoint["document_start"][-(context // 2):]
 
 
 def decode(tokenizer, ids):
@@ -306,9 +347,12 @@ def guess_head(sizes, state):
 
 def cast_matrices(model, dtype):
     """For inference: cast once what autocast would cast at every call -> the model."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or name == "autoencoder.encoder.embed_tokens":
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
             module.to(dtype)
+    if isinstance(model, CALM) and model.config.input_mode == "discrete":
+        # This embedding is the decoder's last matrix. (Other modes also look tokens up in it.)
+        model.autoencoder.encoder.embed_tokens.to(dtype)
     return model
 
 
@@ -353,37 +397,54 @@ def check_vocabulary(model, tokenizer):
 # --- Run it --------------------------------------------------------------------------------
 
 
-def write(model, tokenizer, prompt, eot, args, sampling):
-    """Print the prompt (1, P), and what follows as it is drawn."""
+def write(model, tokenizer, tokens, prompt, args, sampling):
+    """Print the prompt, a list of ids, and what follows as it is drawn.
+
+    tokens (1, P): what the model goes on from, which may have more in front.
+    """
+    eot = border_token(tokenizer)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")   # characters may span chunks
+    calls = []                                                   # samples that each chunk took
     made = 0
     began = time.time()
-    print(show(tokenizer, [t for t in prompt[0].tolist() if t != eot]), end="", flush=True)
-    for new in stream(model, prompt, args.max_new_tokens, args.temperature, eot, **sampling):
-        tokens = new[0].tolist()[:args.max_new_tokens - made]
-        tokens = [t for t in tokens if t != eot]
-        made += len(tokens)
-        text = decoder.decode(decode(tokenizer, tokens))
+    print(show(tokenizer, [t for t in prompt if t != eot]), end="", flush=True)
+    for new in stream(model, tokens, args.max_new_tokens, args.temperature, eot, calls=calls,
+                      **sampling):
+        ids = new[0].tolist()[:args.max_new_tokens - made]
+        ids = [t for t in ids if t != eot]
+        made += len(ids)
+        text = decoder.decode(decode(tokenizer, ids))
         if args.chunks and text:
             text = "|" + text
         print(text, end="", flush=True)
     seconds = time.time() - began
     print(decoder.decode(b"", final=True))
-    print(f"[{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s]", file=sys.stderr)
+    cost = describe_calls(calls, args) if calls else ""
+    print(f"[{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s{cost}]",
+          file=sys.stderr)
+
+
+def describe_calls(calls, args):
+    """What the temperature has cost. calls: how many samples each chunk took."""
+    calls = torch.cat(calls)
+    text = f", {calls.double().mean():.0f} samples per chunk"
+    if args.sampler == "exact":
+        text += f", {(calls > args.max_calls).double().mean():.0%} of them left to Algorithm 2"
+    return text
 
 
 def read_prompt(args, tokenizer, context):
-    """--start -> tokens (1, P), behind a border token: a new document. At most `context` long."""
+    """--start -> list of ids, at most `context` of them."""
     if args.start == "-":
         start = sys.stdin.buffer.read()
     else:
-        start = args.start.encode("utf-8", "surrogateescape")
+        start = args.start.replace(r"\n", "\n").replace(r"\t", "\t")
+        start = start.encode("utf-8", "surrogateescape")
     ids = encode(tokenizer, start, "the prompt")
     if len(ids) > context:
         print(f"[a prompt of {len(ids):,} tokens: going on from its last {context:,}]",
               file=sys.stderr)
-    ids = [border_token(tokenizer), *ids]
-    return torch.tensor([ids[-context:]])
+    return ids[-context:]
 
 
 def main():
@@ -393,7 +454,8 @@ def main():
         add_model_flags(add)
         add("--tokenizer",
             help="with --official: Llama 3's file; None: DIR/tokenizer.model")
-        add("--start", default="", help="the prompt, or - for stdin; empty starts a document")
+        add("--start", default="", help=r"the prompt, where \n is a line end and \t a tab; "
+            "- for stdin; empty starts a document")
         add("--max_new_tokens", type=within(1), default=500,
             help="tokens, if the document does not end before")
         add("--chunks", action="store_true", help="a bar before each chunk")
@@ -416,7 +478,11 @@ def main():
         else:
             tokenizer = load_tokenizer(checkpoint)
         context = model.config.block_size * model.chunk_size       # in tokens
-        prompt = read_prompt(args, tokenizer, context).to(device)
+        prompt = read_prompt(args, tokenizer, context)
+        ids = prompt
+        if len(prompt) < model.chunk_size:
+            ids = document_start(model, checkpoint, tokenizer) + prompt
+        tokens = torch.tensor([ids], device=device)
         sampling = {}
         if args.model == "calm" and args.sampler == "batch":
             sampling = {"num_candidates": args.num_candidates}
@@ -426,7 +492,7 @@ def main():
         torch.manual_seed(args.seed)
         try:
             with autocast(device, dtype):
-                write(model, tokenizer, prompt, border_token(tokenizer), args, sampling)
+                write(model, tokenizer, tokens, prompt, args, sampling)
         except ValueError as error:   # too few candidates for the temperature
             fail(f"--{error}")
 

@@ -19,7 +19,7 @@ from data.prepare import tokenizer_from
 
 # The folder that `python train.py` writes to when it is given no flags.
 DEFAULT_RUN = "out/site-packages" if torch.cuda.is_available() else "out/stdlib"
-FORMAT = 3   # of checkpoints; one with another number, or with none, is of an earlier version
+FORMAT = 4   # of checkpoints; one with another number, or with none, is of an earlier version
 
 
 # --- Checkpoints ---------------------------------------------------------------------------

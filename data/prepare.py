@@ -21,6 +21,7 @@ import sysconfig
 import urllib.request
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -431,6 +432,23 @@ class TokenData:
         windows = len(getattr(self, split)) // length   # as many as there could be
         count = min(count, windows)
         return np.arange(count) * windows // count * length
+
+    def document_start(self):
+        """The end of a document, and the border before the next one -> 256 ids at the most."""
+        return [*self.train[-255:].tolist(), self.meta["border"]]
+
+    @cached_property
+    def val_borders(self):
+        """Where each document of the validation split begins -> positions in it."""
+        border = self.meta["border"]
+        block = 1 << 24
+        found = [start + np.flatnonzero(self.val[start:start + block] == border)
+                 for start in range(0, len(self.val), block)]
+        return np.concatenate(found)
+
+    def document_numbers(self, positions):
+        """The number of the document of the validation split that each position lies in."""
+        return np.searchsorted(self.val_borders, positions, side="right")
 
     def check_length(self, split, length):
         """Fail if a split is shorter than one window."""

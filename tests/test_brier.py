@@ -10,10 +10,15 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import eval_brier
+from autoencoder import posterior_samples
 from data.figure import linear_ticks, log_ticks, read_series
-from eval_brier import brier_ngram, brierlm, distinct, score_by_rollout
+from data.prepare import TokenData, get_tokenizer
+from eval_brier import (bits_per_token, brier_ngram, brierlm, describe, difference,
+                        distances_to_means, distinct, hit_and_collision, score_by_rollout,
+                        score_documents, summary)
 from helpers import V, last_line, tiny_ar, tiny_calm
 from sample import generate
 
@@ -38,6 +43,18 @@ def test_brier_ngram_is_unbiased(S):
         number = (ways[:, :n] * 2 ** torch.arange(n)).sum(1)       # of each way's first n tokens
         law = torch.zeros(2 ** n).double().index_add_(0, number, p)
         assert_unbiased(found[:, n - 1], 2 * p[begins_as_y].sum() - (law ** 2).sum())
+
+
+def test_hits_and_collisions_are_counted_over_all_pairs():
+    samples = torch.randint(2, (7, 3, 4))
+    targets = torch.randint(2, (3, 4))
+    hit, collision = hit_and_collision(samples, targets)
+    for n in range(1, 5):
+        begins = [(a[:, :n] == targets[:, :n]).all(1).float() for a in samples]
+        torch.testing.assert_close(hit[:, n - 1], torch.stack(begins).mean(0))
+        same = [(a[:, :n] == b[:, :n]).all(1).float()
+                for a, b in itertools.permutations(samples, 2)]
+        torch.testing.assert_close(collision[:, n - 1], torch.stack(same).mean(0))
 
 
 @torch.no_grad()
@@ -83,6 +100,89 @@ def test_brierlm_is_the_geometric_mean_and_zero_below_zero():
     assert brierlm(np.array([0.4, 0.2, 0.1, -0.05])) == 0
 
 
+# --- Errors --------------------------------------------------------------------------------
+@pytest.fixture
+def score_repetitions(monkeypatch):
+    """score_repetitions(n, easier=1): Scores of 20 documents, the first of a single token over and
+    over, n windows long; a model hits token t in `easier` * t % of its places."""
+
+    def score_repetitions(n, easier=1.0):
+        documents = [[256] + [token] * (16 * n - 1) for token in range(20, 40)]
+        data = TokenData(None, {"border": 256}, get_tokenizer("bytes"), None,
+                         np.concatenate(documents))
+
+        def score_windows(model, tokens, stride, S):
+            hit = easier * tokens[:, stride::stride, None].expand(-1, -1, 4) / 100
+            return torch.stack([hit, 0.5 * hit])
+
+        monkeypatch.setattr(eval_brier, "score_windows", score_windows)
+        return score_documents(tiny_calm(), data, torch.device("cpu"), torch.float32, 20 * n,
+                               stride=4, context=16)
+
+    return score_repetitions
+
+
+def test_an_error_is_over_documents_more_of_the_same_does_not_make_it_smaller(score_repetitions):
+    once, often = (summary(score_repetitions(n)) for n in (1, 10))
+    assert once["documents"] == often["documents"] == 20
+    assert often["positions"] == 10 * once["positions"]
+    assert once["stderr"] == pytest.approx(often["stderr"]) and once["stderr"] > 1
+    spread = np.std([1.5 * token for token in range(20, 40)])      # of BrierLM, document by document
+    assert once["stderr"] == pytest.approx(spread / 20 ** 0.5, rel=0.15)
+
+
+def test_of_one_document_the_error_is_unknown(score_repetitions):
+    scores = score_repetitions(5)
+    scores.hit, scores.collision, scores.count = scores.hit[:1], scores.collision[:1], scores.count[:1]
+    result = summary(scores)
+    assert result["stderr"] is None and "+- ?" in describe(result)
+
+
+def test_a_paired_difference_leaves_out_how_hard_the_documents_are(score_repetitions):
+    worse = score_repetitions(2)
+    better = score_repetitions(2, easier=1.1)
+    found = difference(better, worse)
+    assert found["ratio"] == pytest.approx(1.1) and found["ratio_stderr"] < 1e-6
+    assert found["difference"] == pytest.approx(0.1 * worse.brierlm())
+    assert found["difference_stderr"] == pytest.approx(0.1 * summary(worse)["stderr"])
+
+
+# --- What BrierLM cannot see ---------------------------------------------------------------
+@torch.no_grad()
+def test_text_costs_its_entropy_where_its_own_model_reads_it():
+    torch.manual_seed(0)
+    model = tiny_ar()
+    texts = generate(model, torch.randint(V, (500, 4)), 20)
+    p = model.probabilities(model.hidden(texts[:, :-1])[:, 3:])    # (500, 20, V)
+    entropy = -(p * p.log2()).sum(-1).mean(1)                      # (500,) of each text
+    bits = torch.tensor([bits_per_token(model, text[None], 4) for text in texts])
+    assert_unbiased(bits - entropy, 0.0)
+    assert bits_per_token(model, texts, 4) == pytest.approx(bits.mean().item(), rel=1e-4)
+    other = bits_per_token(model, torch.randint(V, (500, 24)), 4)
+    assert other > bits.mean() + 0.5
+
+
+class Corners:
+    """An autoencoder of one token a chunk: token i is the i-th unit vector, times 4."""
+
+    def encode(self, chunks):
+        mean = 4 * F.one_hot(chunks[:, 0], 16).float()
+        return mean, torch.full_like(mean, math.log(0.3))
+
+    def decode(self, z):
+        return z[:, None]                                          # logits (P, 1, 16)
+
+
+def test_samples_of_the_posterior_are_on_the_manifold_and_vectors_between_chunks_are_not():
+    mean, log_std = Corners().encode(torch.arange(16).repeat(100)[:, None])
+    own, usual = distances_to_means(Corners(), posterior_samples(mean, log_std, 1)[0])
+    assert own.median() / usual.median() == pytest.approx(1, abs=0.02)
+    between = 0.51 * mean + 0.49 * mean.roll(1, 0)
+    far, usual = distances_to_means(Corners(), between)
+    assert far.median().item() == pytest.approx(0.49 * 4 * 2 ** 0.5, rel=1e-4)
+    assert far.median() / usual.median() > 2
+
+
 def test_distinct_is_the_share_of_different_ngrams():
     texts = torch.tensor([[0, 1, 0, 1, 0, 1], [2, 2, 2, 2, 2, 2]])
     found = [distinct(texts, n) for n in (1, 2, 3, 4)]
@@ -109,7 +209,21 @@ def test_a_score_says_what_it_was_measured_on(trained, run):
     score = last_line(run(eval_brier, "--out_dir", trained / "out", *flags, "--json"))
     assert score["positions"] == 4 * 3 and score["samples"] == 3   # from tokens 8, 16, 24 on
     assert score["context"] == 32 and score["stride"] == 8 and score["step"] == 40
-    assert len(score["brier"]) == 4 and score["brierlm"] >= 0 and score["stderr"] >= 0
+    assert len(score["brier"]) == 4 and score["brierlm"] >= 0
+    assert score["documents"] == 2 and score["stderr"] >= 0
+    assert set(score["bits"]) == set(score["distinct"]) == {
+        "real", "model, T = 1", "model, T = 0.5", "judge, T = 1", "judge, T = 0.5"}
+    assert 0 < score["bits"]["real"] < score["bits"]["model, T = 1"]   # CALM is a beginner here
+    assert score["off_manifold"] > 0
+
+
+def test_two_models_are_compared_at_the_same_ngrams(trained, run):
+    flags = ["--out_dir", trained / "out", "--windows", 4, "--device", "cpu", "--json"]
+    one = last_line(run(eval_brier, *flags, "--against", trained / "out" / "ar.pt"))
+    other = last_line(run(eval_brier, *flags, "--model", "ar", "--against", trained / "out/calm.pt"))
+    assert one["brierlm"] == other["against"]["brierlm"]
+    assert one["against"]["difference"] == -other["against"]["difference"]
+    assert one["positions"] == other["positions"] and one["stride"] == other["stride"]
 
 
 # --- Figures -------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
+import data.prepare
 import sample
 from helpers import BOTH, EOT, V, tiny_ar, tiny_calm
-from sample import (counts, draw, generate, load_model, pad_front, stream, temperature_batch,
-                    temperature_exact)
+from sample import (cast_matrices, counts, draw, generate, stream, temperature_as_needed,
+                    temperature_batch, temperature_exact, whole_chunks)
 
 
 def draw_chunks(p, N, batch):
@@ -66,6 +67,36 @@ def test_batch_sampling_falls_back_to_smaller_orders():
     assert (seen - 500).abs().max() < 5 * math.sqrt(2000 * 0.25 * 0.75)
 
 
+def test_many_candidates_keep_their_weights(monkeypatch):
+    """Of 2^20 candidates 60 % are one chunk, 40 % another: at T = 1/2 the first has 9/13."""
+    weights = []
+
+    def keep(p, n):
+        weights.append(p)
+        return torch.zeros(len(p), n, dtype=torch.long)
+
+    monkeypatch.setattr(torch, "multinomial", keep)
+    first = torch.arange(2 ** 20) < 0.6 * 2 ** 20
+    temperature_batch(first.long().view(-1, 1, 1), 0.5)
+    assert weights[0][0, first].sum().item() == pytest.approx(9 / 13, rel=1e-4)
+
+
+def test_candidates_are_drawn_until_a_chunk_has_come_often_enough():
+    """A sure row stops at 8 candidates, one without any repetition at the limit."""
+    torch.manual_seed(0)
+    seen = []
+
+    def draw(m, rows):
+        seen.append((m, rows.tolist()))
+        sure = torch.full((m, 1, 2), 7)
+        different = torch.randint(2 ** 40, (m, 1, 2))
+        return torch.cat([sure, different], dim=1)[:, rows]
+
+    tokens, calls = temperature_as_needed(draw, 2, 0.5, num_candidates=40)
+    assert tokens[0].tolist() == [7, 7] and calls.tolist() == [8, 40]
+    assert seen == [(8, [0, 1]), (8, [1]), (16, [1]), (8, [1])]
+
+
 def test_counts_are_how_often_a_chunk_occurs():
     samples = torch.randint(3, (50, 7, 4))
     assert torch.equal(counts(samples), (samples[:, None] == samples[None]).all(-1).sum(0))
@@ -77,10 +108,11 @@ def exact_draws(p, temperature, batch, max_calls=1_000_000):
 
 
 def expected_calls(p, temperature):
-    """Theorem 2."""
+    """Theorem 2, but sample j + 1 of the first n is only drawn if the first j are equal."""
     s = 1 / temperature
+    first = 1 + sum((p ** j).sum() for j in range(1, math.floor(s)))
     more = (p ** (s - 1)).sum() if s % 1 else 0
-    return (math.floor(s) + more) / (p ** s).sum()
+    return (first + more) / (p ** s).sum()
 
 
 @pytest.mark.parametrize("outcomes", [10, 200])
@@ -134,26 +166,46 @@ def test_ar_temperature_sharpens_the_softmax():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["calm", "ar"])
-def test_casting_matrices_once_equals_autocast(kind, trained):
-    tokens = torch.arange(32)[None] % 97
+@pytest.mark.parametrize("kind", ["discrete", "continuous", "both", "ar"])
+def test_casting_matrices_once_equals_autocast(kind):
+    tokens = torch.arange(32)[None] % V
+    model = tiny_ar() if kind == "ar" else tiny_calm(input_mode=kind)
     found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model, _ = load_model(trained / "out", kind, dtype=dtype)
+    for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
             h = model.hidden(tokens)
             torch.manual_seed(0)
             found.append((h, draw(model, h[:, -1])[0]))
+        cast_matrices(model, torch.bfloat16)
     assert model.transformer.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 # --- Generation ----------------------------------------------------------------------------
-def test_padding_goes_in_front():
-    padded = pad_front(torch.tensor([[1, 2, 3, 4, 5]]), 4, EOT)
-    assert padded.tolist() == [[EOT, EOT, EOT, 1, 2, 3, 4, 5]]
-    assert pad_front(torch.tensor([[1, 2, 3, 4]]), 4, EOT).tolist() == [[1, 2, 3, 4]]
-    assert pad_front(torch.zeros(1, 0).long(), 4, EOT).tolist() == [[EOT] * 4]
+def test_a_chunk_ends_where_the_prompt_ends_and_nothing_is_put_before_it():
+    """Only what is shorter than a chunk is filled up."""
+    assert whole_chunks(torch.tensor([[1, 2, 3, 4, 5, 6]]), 4, EOT).tolist() == [[3, 4, 5, 6]]
+    assert whole_chunks(torch.tensor([[1, 2, 3, 4]]), 4, EOT).tolist() == [[1, 2, 3, 4]]
+    assert whole_chunks(torch.tensor([[1]]), 4, EOT).tolist() == [[EOT, EOT, EOT, 1]]
+    assert whole_chunks(torch.zeros(1, 0).long(), 4, EOT).tolist() == [[EOT] * 4]
+
+
+def test_a_text_that_begins_with_nothing_begins_as_a_document_does(write, trained, monkeypatch):
+    """The model reads the end of a document and a border; it prints neither."""
+    read = []
+
+    def remember(model, tokens, *_, **__):
+        read.append(tokens[0].tolist())
+        return iter([])
+
+    monkeypatch.setattr(sample, "stream", remember)
+    assert write().out == "\n" and write("--start", "x").out == "x\n"
+    assert write("--start", r"a word\n").out == "a word\n\n"
+    empty, short, whole = read
+    text = data.prepare.load_data(trained / "foxes4").train
+    assert empty == [*text[-31:].tolist(), 256]        # half of the context of 64
+    assert short == [*empty, ord("x")]
+    assert bytes(whole) == b"a word\n"
 
 
 @pytest.mark.parametrize("make", BOTH)
