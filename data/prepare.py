@@ -21,6 +21,7 @@ import sysconfig
 import urllib.request
 import zipfile
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,6 +41,7 @@ FILES = ("train.bin", "val.bin", "meta.json")   # a data set: all that preparing
 SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl")   # what is read in a folder
 SECTION = 8 << 10     # bytes: a longer text is cut into documents of about this size
 LONGEST = 128 << 10   # the same for .md and .py, so that none is most of the validation split
+FEW = 200             # documents: with fewer, the share that their hashes hold out is looked at
 CONTROL = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})   # bytes that hardly occur in text
 
 # name -> address, member of the zip archive (if it is one), share of the documents for validation
@@ -179,18 +181,31 @@ def json_lines(stream, path):
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             fail(f'{path}, line {number}: each line must be an object with a string "text"')
 
+def pieces(stream, limit, first=b""):
+    """Cut a stream of bytes at every <|endoftext|>, and after about `limit` bytes without one.
 
-def pieces(stream, limit):
-    """Cut a stream of bytes at every <|endoftext|>, and after about `limit` bytes without one."""
+    first: what has been read from the stream already.
+    """
     buffer = b""
-    while block := stream.read(1 << 16):
+    block = first or stream.read(1 << 16)
+    while block:
         *complete, buffer = (buffer + block).split(b"<|endoftext|>")
         yield from complete
-        while len(buffer) > limit:
-            end = good_cut(buffer, limit)
-            yield buffer[:end]
-            buffer = buffer[end:]
+        *complete, buffer = sections(buffer, limit)
+        yield from complete
+        block = stream.read(1 << 16)
     yield buffer
+
+
+def sections(text, limit):
+    """Cut a text into parts of about `limit` bytes."""
+    start = 0
+    while len(text) - start > limit:
+        part = text[start:start + limit + 1]
+        end = good_cut(part, limit)
+        yield part[:end]
+        start += end
+    yield text[start:]
 
 
 def good_cut(text, limit):
@@ -355,6 +370,41 @@ def hardly_text(text):
     return rare > len(text) / 20 or text[:2] in (b"\xff\xfe", b"\xfe\xff")
 
 
+def hold_out(texts, val_fraction):
+    """Decide which (path, document) pairs become validation -> pairs, and a bound: those are held
+    out whose fraction_of is below it.
+
+    The bound is val_fraction. Of a few documents it may hold out nothing, or most of the text: if
+    so, they are cut into about twenty parts (fewer, if the text is short), and the bound is such
+    that the right number of parts is below it.
+    """
+    pairs = list(islice(texts, FEW))
+    total = sum(len(text) for _, text in pairs)
+    wanted = val_fraction * total
+    most = (1 + val_fraction) / 2 * total
+    held = bytes_below(val_fraction, pairs)
+    if len(pairs) == FEW or wanted / 2 <= held <= min(2 * wanted, most):
+        return chain(pairs, texts), val_fraction
+
+    limit = max(min(SECTION, total // 20 + 1), 1 << 10)
+    parts = []
+    for path, text in pairs:
+        parts += [(path, part) for part in sections(text, limit) if part.strip()]
+    held = 0
+    for bound, part in sorted((fraction_of(part), part) for _, part in parts):
+        if held >= wanted:
+            break
+        held += len(part)   # it is below the next bound; the last part is below none
+    if bytes_below(bound, parts) > most:   # the text repeats one part over and over
+        bound = 0.0
+    return parts, bound
+
+
+def bytes_below(bound, pairs):
+    """How many bytes of (path, document) pairs such a bound holds out."""
+    return sum(len(text) for _, text in pairs if fraction_of(text) < bound)
+
+
 def write_splits(folder, texts, enc, val_fraction):
     """Write (path, document) pairs into train.bin and val.bin as they come -> part of meta.json.
 
@@ -365,23 +415,26 @@ def write_splits(folder, texts, enc, val_fraction):
     border = border_token(enc)
     documents = 0
     tokens = {"train": 0, "val": 0}
+    pairs, bound = hold_out(texts, val_fraction)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for path, text in texts:
+        for path, text in pairs:
             ids = [border, *encode(enc, text, path)]
-            split = "val" if fraction_of(text) < val_fraction else "train"
-            np.array(ids, dtype).tofile(val if split == "val" else train)
+            split = "val" if fraction_of(text) < bound else "train"
+            (val if split == "val" else train).write(np.array(ids, dtype).tobytes())
             tokens[split] += len(ids)
             documents += 1
     if documents == 0:
         fail("no text there: empty files cannot be prepared")
-    if 0 < val_fraction < 1 and 0 in tokens.values():
+    repeats = 0 < val_fraction < 1 and 0 in tokens.values()
+    if repeats:
         full, empty = sorted(tokens, key=tokens.get, reverse=True)
-        print(f"warning: too few documents to hold some out: {empty}.bin repeats {full}.bin",
+        print(f"warning: too little text to hold some out: {empty}.bin repeats {full}.bin",
               file=sys.stderr)
         shutil.copyfile(folder / f"{full}.bin", folder / f"{empty}.bin")
         tokens[empty] = tokens[full]
     return {"dtype": np.dtype(dtype).name, "documents": documents,
             "train_tokens": tokens["train"], "val_tokens": tokens["val"],
+            "val_repeats_train": repeats,
             "fingerprint": [fingerprint(folder / "train.bin"), fingerprint(folder / "val.bin")]}
 
 
@@ -412,6 +465,11 @@ class TokenData:
     tokenizer: tiktoken.Encoding
     train: np.ndarray
     val: np.ndarray
+
+    @property
+    def val_repeats_train(self):
+        """Is the validation text the training text? It is if there was too little to hold out."""
+        return self.meta["val_repeats_train"]
 
     def batch(self, split, offsets, length):
         """Tokens [o, o + length) for each offset o (B,) -> int64 (B, length)."""
@@ -454,6 +512,8 @@ def load_data(name):
         meta = json.loads((folder / "meta.json").read_text())
         if meta.pop("checksum") != checksum(meta):
             raise ValueError("a value in it has changed")
+        if "val_repeats_train" not in meta:
+            raise ValueError("it is of an earlier version")
         splits = {}
         for split, expected in zip(("train", "val"), meta["fingerprint"]):
             path = folder / f"{split}.bin"

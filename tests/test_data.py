@@ -122,6 +122,19 @@ def test_text_that_cannot_be_split_validates_on_itself_and_says_so(data_dir, tmp
     out = prepare([tmp_path / "one.md"], out_root=data_dir)
     assert decoded(out, "train") == decoded(out, "val")
     assert "warning" in capsys.readouterr().err
+    assert load_data("one").val_repeats_train
+
+
+@pytest.mark.parametrize("kind, size", [("md", 80_000), ("txt", 40_000), ("py", 5000)])
+@pytest.mark.parametrize("seed", range(3))
+def test_of_a_single_file_a_tenth_is_held_out(kind, size, seed, data_dir, tmp_path):
+    random.seed(seed)
+    lines = [b"%d\n" % random.randrange(10**60) for _ in range(size // 60)]
+    (tmp_path / f"one.{kind}").write_bytes(b"".join(lines))
+    out = prepare([tmp_path / f"one.{kind}"], out_root=data_dir)
+    held = b"".join(decoded(out, "val"))
+    assert 0.09 < len(held) / size < 0.25 and not load_data("one").val_repeats_train
+    assert sorted((b"".join(decoded(out)) + held).splitlines(keepends=True)) == sorted(lines)
 
 
 def test_batches_are_the_text_at_the_offsets(foxes):
