@@ -301,6 +301,8 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     enc = get_tokenizer(tokenizer)
     if name is None:
         name = default_name(sources[0], tokenizer)
+        if name in KNOWN and not known and Path(sources[0]).exists():
+            fail(f"{sources[0]} would replace the known data set {name!r}: give it a --name")
     if not re.fullmatch(r"\w[\w.-]*", name):
         fail(f"--name {name!r} must be the name of one folder: letters, digits, "
              "and . - _ behind the first")

@@ -292,6 +292,7 @@ BAD_FILES = {
     "good.txt": b"text",
     "empty.txt": b"",
     "latin.txt": "é".encode("latin-1"),
+    "shakespeare.txt": b"text",
     "bad.jsonl": b'{"text": "a"}\n{"words": "b"}\n',
     "cut.txt.gz": PACKED[:-20],
     "whole.model": WHOLE,
@@ -302,6 +303,8 @@ BAD = {
     "empty file": (["empty.txt"], "no text there"),
     "folder without text": (["pictures"], "expected .txt"),
     "a known one among others": (["stdlib", "good.txt"], "or alone stdlib"),
+    "the name of a known one": (
+        ["shakespeare.txt"], "would replace the known data set 'shakespeare': give it a --name"),
     "parent": (["good.txt", "--name", ".."], "--name '..' must be the name of one folder"),
     "not UTF-8": (["latin.txt", "--tokenizer", "whole.model"], "latin.txt is not UTF-8"),
     "no text field": (["bad.jsonl"], "bad.jsonl, line 2"),
