@@ -5,7 +5,9 @@ Nothing here is needed to understand CALM.
 import argparse
 import inspect
 import os
+import platform
 import re
+import shutil
 import signal
 import sys
 from contextlib import contextmanager
@@ -99,3 +101,36 @@ def reopen_closed_streams():
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
+
+
+# --- Temporary files -----------------------------------------------------------------------
+
+
+def temporary(path):
+    """The name to write under before renaming to `path`. The machine and the process are in it:
+    others may write too."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder, name="*"):
+    """Remove what processes that were killed left in a folder: temporary(folder / name)."""
+    for path in folder.glob(f".{name}.{platform.node()}-*.tmp"):
+        process = path.name.removesuffix(".tmp").split("-")[-1]
+        if process.isdecimal() and not is_running(int(process)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def is_running(process):
+    """Is there a process with this number, other than the one that asks?"""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)   # which sends nothing
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):   # of another user, for example
+        pass
+    return True

@@ -5,13 +5,15 @@ Text to tokens on disk, data/<name>/{train.bin, val.bin, meta.json}, and from th
     python data/prepare.py shakespeare      # or tinystories, enwik8, wikitext103-test: downloaded
     python data/prepare.py notes/ book.txt.gz --name mine --tokenizer gpt2
 
-A text becomes documents. Each is held out for validation or not by a hash of its own bytes, so
-that adding a file moves no other. On disk a border token stands before each document. Tokens are
-written as they come: a text may be larger than memory.
+A text becomes documents, also at each <|endoftext|> in it. Each document is held out for validation
+or not by a hash of its own bytes, so that adding a file moves no other. On disk a border token
+stands before each document. Tokens are written as they come: a text may be larger than memory.
 """
 import base64
+import errno
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,10 +22,11 @@ import sys
 import sysconfig
 import urllib.request
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 # Run as a script, the first place that Python imports from is data/, and not the project.
 if __name__ == "__main__":
@@ -34,13 +37,15 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from data.console import Parser, clean_end, fail, within
+from data.console import Parser, clean_end, fail, remove_leftovers, temporary, within
 
 DATA_DIR = Path(__file__).resolve().parent
 FILES = ("train.bin", "val.bin", "meta.json")   # a data set: all that preparing it replaces
 SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl")   # what is read in a folder
+NOT_SEARCHED = {"node_modules", "venv", "__pycache__", "site-packages", "dist-packages"}
 SECTION = 8 << 10     # bytes: a longer text is cut into documents of about this size
 LONGEST = 128 << 10   # the same for .md and .py, so that none is most of the validation split
+FEW = 200             # documents: with fewer, the share that their hashes hold out is looked at
 CONTROL = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})   # bytes that hardly occur in text
 
 # name -> address, member of the zip archive (if it is one), share of the documents for validation
@@ -50,8 +55,9 @@ DOWNLOADS = {
     "tinystories": ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
                     "TinyStoriesV2-GPT4-train.txt", None, 0.01),
     "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", "enwik8", 0.1),
-    "wikitext103-test": ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
-                         "wikitext-103-raw/wiki.test.raw", 1.0),
+    # The file that the authors of CALM evaluate on.
+    "wikitext103-test": ("https://raw.githubusercontent.com/shaochenze/calm/main/data/"
+                         "wikitext_document_level-test.json", None, 1.0),
 }
 MADE_HERE = ("stdlib", "site-packages")   # from the Python that runs this
 KNOWN = (*MADE_HERE, *DOWNLOADS)
@@ -144,54 +150,96 @@ def encode(tokenizer, text, source="the text"):
     return ids
 
 
+def decode(tokenizer, ids):
+    """list of ids -> bytes. A model may draw ids that its tokenizer does not have, in a gap of the
+    vocabulary or behind its end: they are left out."""
+    parts = []
+    for token in ids:
+        with suppress(KeyError):
+            parts.append(tokenizer.decode_single_token_bytes(token))
+    return b"".join(parts)
+
+
 # --- Sources: each is a stream of documents, which are bytes -------------------------------
+
+
+class NotJSONLines(Exception):
+    """A line is no JSON object with a string "text"."""
 
 
 def documents(path, known):
     """The documents of one file, by its kind. known: the name of a known data set, or None."""
-    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    kind = kind_of(path)
     with open_source(path, known) as stream:
-        if known == "wikitext103-test":   # a document begins at each title
-            yield from re.split(rb"^(?= = [^=\n].* = \n)", stream.read(), flags=re.MULTILINE)
-        elif kind in (".json", ".jsonl"):
+        if kind in (".json", ".jsonl"):
             yield from json_lines(stream, path)
+            return
+        first = stream.readline(1 << 24)   # whatever the name says, JSON lines are recognised
+        if json_text(first) is not None:
+            yield from json_lines(chain([first], stream), path)
         else:
-            yield from pieces(stream, LONGEST if kind in (".md", ".py") else SECTION)
+            yield from pieces(stream, LONGEST if kind in (".md", ".py") else SECTION, first)
+
+
+def kind_of(path):
+    """The ending of a file's name in lower case, without .gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def open_source(path, known):
     """A file, a member of a downloaded zip archive, or stdin -> an open binary stream."""
     if known in DOWNLOADS and path.suffix == ".zip":
         return zipfile.Path(path, DOWNLOADS[known][1]).open("rb")
-    if str(path) == "-":
-        return sys.stdin.buffer
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path)
-    return path.open("rb")
+    stream = io.BufferedReader(sys.stdin.buffer) if str(path) == "-" else path.open("rb")
+    if path.suffix.lower() == ".gz" or stream.peek(2)[:2] == b"\x1f\x8b":
+        return gzip.open(stream)
+    return stream
 
 
-def json_lines(stream, path):
+def json_lines(lines, path):
     """The "text" of each line's JSON object."""
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)["text"].encode("utf-8", "surrogatepass")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            fail(f'{path}, line {number}: each line must be an object with a string "text"')
+    for number, line in enumerate(lines, 1):
+        text = json_text(line)
+        if text is not None:
+            yield text
+        elif line.strip():
+            raise NotJSONLines(f"{path}, line {number}: "
+                               'each line must be an object with a string "text"')
 
 
-def pieces(stream, limit):
-    """Cut a stream of bytes at every <|endoftext|>, and after about `limit` bytes without one."""
+def json_text(line):
+    """The string "text" of a line that is a JSON object -> bytes, or None if there is none."""
+    try:
+        return json.loads(line)["text"].encode("utf-8", "surrogatepass")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def pieces(stream, limit, first=b""):
+    """Cut a stream of bytes at every <|endoftext|>, and after about `limit` bytes without one.
+
+    first: what has been read from the stream already.
+    """
     buffer = b""
-    while block := stream.read(1 << 16):
+    block = first or stream.read(1 << 16)
+    while block:
         *complete, buffer = (buffer + block).split(b"<|endoftext|>")
         yield from complete
-        while len(buffer) > limit:
-            end = good_cut(buffer, limit)
-            yield buffer[:end]
-            buffer = buffer[end:]
+        *complete, buffer = sections(buffer, limit)
+        yield from complete
+        block = stream.read(1 << 16)
     yield buffer
+
+
+def sections(text, limit):
+    """Cut a text into parts of about `limit` bytes."""
+    start = 0
+    while len(text) - start > limit:
+        part = text[start:start + limit + 1]
+        end = good_cut(part, limit)
+        yield part[:end]
+        start += end
+    yield text[start:]
 
 
 def good_cut(text, limit):
@@ -210,44 +258,94 @@ def python_source(known):
     """The .py files of this Python's standard library, for "site-packages" also of all that is
     installed -> list of paths.
 
-    Tests are left out, and so are the `encodings`: generated tables, so predictable that they
-    flatter BrierLM.
+    Tests are left out. So is what flatters BrierLM: the `encodings` and other generated tables,
+    which are predictable, and copies of other packages, which are in both splits.
     """
     folders = sysconfig.get_paths()
     roots = [Path(folders["stdlib"])]
     if known == "site-packages":
         roots.append(Path(folders["purelib"]))
-    skip = {"test", "tests", "idlelib", "encodings", "site-packages", "dist-packages",
-            "__pycache__"}
+    skipped = {"test", "tests", "idlelib", "encodings", "artifacts", "serialized_patterns",
+               "_vendor", "vendor", "vendored", "extern", "_distutils",
+               "site-packages", "dist-packages", "__pycache__"}
     found = []
     for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            if not skip.intersection(path.relative_to(root).parts):
-                found.append(path)
+        found += [path for path in files_below(root, skipped) if path.suffix == ".py"]
     return found
 
 
-def local_files(sources):
-    """Files, whatever their names; folders, which are searched for SUFFIXES; - is stdin."""
+def files_below(folder, skipped):
+    """The files in a folder and below, without hidden folders and those of the names `skipped`."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in skipped and name[0] != "."]
+        found += [Path(place, name) for name in names if os.path.isfile(Path(place, name))]
+    return sorted(found)
+
+
+def local_files(sources, enc):
+    """Files, whatever their names; folders, which are searched for text; - is stdin.
+
+    -> list of paths, and what of the folders is left out: {why: names}
+    """
     paths = []
+    left_out = {}
     for source in map(str, sources):
         path = Path(source)
         if source != "-" and not (source and path.exists()):
             fail(f"no data at {source!r}: give files, folders, - for stdin, "
                  f"or alone {', '.join(KNOWN)}")
-        found = text_files(path) if path.is_dir() else [path]
+        found = text_files(path, enc, left_out) if path.is_dir() else [path]
         if not found:
             fail(f"{source} holds no text: expected {', '.join(SUFFIXES)} files "
-                 "(or .gz of these)")
+                 f"(or .gz of these){summary(left_out)}")
         paths += found
-    return paths
+    return paths, left_out
 
 
-def text_files(folder):
-    """The text files in a folder and below. A meta.json there belongs to tokens beside the text."""
-    return sorted(path for path in folder.rglob("*")
-                  if path.is_file() and path.name != "meta.json"
-                  and path.name.lower().removesuffix(".gz").endswith(SUFFIXES))
+def text_files(folder, enc, left_out):
+    """The files in a folder and below that can be read as text. The others go to `left_out`."""
+    found = []
+    for path in tqdm(files_below(folder, NOT_SEARCHED), desc="look", delay=2):
+        if path.name in FILES:   # of tokens beside the text
+            continue
+        if kind_of(path) in SUFFIXES:
+            fault = fault_of(path, enc)
+            name = path.name
+        else:
+            fault = "with other endings"
+            name = path.suffix or path.name
+        if fault:
+            left_out.setdefault(fault, []).append(name)
+        else:
+            found.append(path)
+    return found
+
+
+def fault_of(path, enc):
+    """Why a file cannot be read as text, or None. To know this it is read, from end to end."""
+    try:
+        for text in documents(path, None):
+            if hardly_text(text):
+                return "not text"
+            if enc.name != "bytes":
+                text.decode("utf-8")
+    except NotJSONLines:
+        return "not JSON lines"
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except Exception:   # whatever is wrong in the file
+        return "not readable"
+
+
+def summary(left_out):
+    """{why: names} -> "; files left out: 12 with other endings (.png, .html, ...)", or nothing."""
+    parts = []
+    for why, names in left_out.items():
+        examples = list(dict.fromkeys(names))
+        more = ", ..." if len(examples) > 3 else ""
+        parts.append(f"{len(names):,} {why} ({', '.join(examples[:3])}{more})")
+    return f"; files left out: {', '.join(parts)}" if parts else ""
 
 
 def downloaded(name):
@@ -256,8 +354,9 @@ def downloaded(name):
     path = DATA_DIR / "downloads" / (name + (".zip" if member else ".txt"))
     if path.exists():
         return [path]
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")   # another process may fetch it, too
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    part = temporary(path)   # another process may fetch it, too
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as out:
             size = int(response.headers.get("Content-Length") or 0)
@@ -266,7 +365,8 @@ def downloaded(name):
             if size and out.tell() != size:
                 raise OSError(f"got {out.tell()} of {size} bytes")
         part.replace(path)
-    except Exception as error:   # no network, a broken connection, a full disk
+    except Exception as error:   # no network, a broken connection
+        fail_if_full(error, path)
         fail(f"could not download {url} ({error}): check the network, "
              f"or fetch it yourself to {path}")
     finally:
@@ -287,14 +387,19 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     enc = get_tokenizer(tokenizer)
     if name is None:
         name = default_name(sources[0], tokenizer)
+        if name in KNOWN and not known and Path(sources[0]).exists():
+            fail(f"{sources[0]} would replace the known data set {name!r}: give it a --name")
     if not re.fullmatch(r"\w[\w.-]*", name):
         fail(f"--name {name!r} must be the name of one folder: letters, digits, "
              "and . - _ behind the first")
     folder = Path(out_root or DATA_DIR) / name
+    left_out = {}
     if known in DOWNLOADS:
         paths = downloaded(known)
+    elif known:
+        paths = python_source(known)
     else:
-        paths = python_source(known) if known else local_files(sources)
+        paths, left_out = local_files(sources, enc)
     sources_there = {os.path.realpath(path) for path in paths}
     replaced = {os.path.realpath(folder / file) for file in FILES}
     for path in sources_there & replaced:
@@ -302,19 +407,40 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     if val_fraction is None:
         val_fraction = DOWNLOADS[known][2] if known in DOWNLOADS else 0.1
 
-    with TemporaryDirectory(dir=folder if folder.exists() else folder.parent) as temporary:
-        counts = write_splits(Path(temporary), read_all(paths, known), enc, val_fraction)
-        meta = {"name": name, "sources": [Path(s).name for s in sources],
-                "val_fraction": val_fraction, "tokenizer": enc.name, "vocab_size": enc.n_vocab,
-                "border": border_token(enc), **counts, "vocabulary": vocabulary_of(enc)}
+    meta = {"name": name, "sources": [Path(s).name for s in sources],
+            "val_fraction": val_fraction, "tokenizer": enc.name, "vocab_size": enc.n_vocab,
+            "border": border_token(enc)}
+    write_data(folder, meta, read_all(paths, known), enc)
+    print(f"{folder}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
+          f"{meta['val_tokens']:,} validation tokens{summary(left_out)}")
+    return folder
+
+
+def write_data(folder, meta, texts, enc):
+    """Write (path, document) pairs as FILES into a folder. meta: meta.json, which is completed."""
+    remove_leftovers(folder)
+    remove_leftovers(folder.parent)
+    partial = temporary(folder / "tokens" if folder.exists() else folder)
+    try:
+        partial.mkdir()
+        meta.update(write_splits(partial, texts, enc, meta["val_fraction"]))
+        meta["vocabulary"] = vocabulary_of(enc)
         meta["checksum"] = checksum(meta)
-        Path(temporary, "meta.json").write_text(json.dumps(meta, indent=2))
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2))
         folder.mkdir(exist_ok=True)
         for file in FILES:
-            Path(temporary, file).replace(folder / file)
-    print(f"{folder}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
-          f"{meta['val_tokens']:,} validation tokens")
-    return folder
+            (partial / file).replace(folder / file)
+    except OSError as error:
+        fail_if_full(error, folder)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def fail_if_full(error, path):
+    """Fail with a clear line if an error says that the disk is full."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        fail(f"disk full: {path} could not be written: free some space, and try again")
 
 
 def default_name(source, tokenizer):
@@ -343,6 +469,8 @@ def read_all(paths, known):
                                    sys.stderr)
                     if text.strip():
                         yield path, text
+            except NotJSONLines as error:
+                fail(error)
             except Exception as error:   # whatever is wrong in the file
                 advice = "is it whole?"
                 if known in DOWNLOADS:
@@ -356,6 +484,41 @@ def hardly_text(text):
     return rare > len(text) / 20 or text[:2] in (b"\xff\xfe", b"\xfe\xff")
 
 
+def hold_out(texts, val_fraction):
+    """Decide which (path, document) pairs become validation -> pairs, and a bound: those are held
+    out whose fraction_of is below it.
+
+    The bound is val_fraction. Of a few documents it may hold out nothing, or most of the text: if
+    so, they are cut into about twenty parts (fewer, if the text is short), and the bound is such
+    that the right number of parts is below it.
+    """
+    pairs = list(islice(texts, FEW))
+    total = sum(len(text) for _, text in pairs)
+    wanted = val_fraction * total
+    most = (1 + val_fraction) / 2 * total
+    held = bytes_below(val_fraction, pairs)
+    if len(pairs) == FEW or wanted / 2 <= held <= min(2 * wanted, most):
+        return chain(pairs, texts), val_fraction
+
+    limit = max(min(SECTION, total // 20 + 1), 1 << 10)
+    parts = []
+    for path, text in pairs:
+        parts += [(path, part) for part in sections(text, limit) if part.strip()]
+    held = 0
+    for bound, part in sorted((fraction_of(part), part) for _, part in parts):
+        if held >= wanted:
+            break
+        held += len(part)   # it is below the next bound; the last part is below none
+    if bytes_below(bound, parts) > most:   # the text repeats one part over and over
+        bound = 0.0
+    return parts, bound
+
+
+def bytes_below(bound, pairs):
+    """How many bytes of (path, document) pairs such a bound holds out."""
+    return sum(len(text) for _, text in pairs if fraction_of(text) < bound)
+
+
 def write_splits(folder, texts, enc, val_fraction):
     """Write (path, document) pairs into train.bin and val.bin as they come -> part of meta.json.
 
@@ -366,23 +529,26 @@ def write_splits(folder, texts, enc, val_fraction):
     border = border_token(enc)
     documents = 0
     tokens = {"train": 0, "val": 0}
+    pairs, bound = hold_out(texts, val_fraction)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for path, text in texts:
+        for path, text in pairs:
             ids = [border, *encode(enc, text, path)]
-            split = "val" if fraction_of(text) < val_fraction else "train"
-            np.array(ids, dtype).tofile(val if split == "val" else train)
+            split = "val" if fraction_of(text) < bound else "train"
+            (val if split == "val" else train).write(np.array(ids, dtype).tobytes())
             tokens[split] += len(ids)
             documents += 1
     if documents == 0:
         fail("no text there: empty files cannot be prepared")
-    if 0 < val_fraction < 1 and 0 in tokens.values():
+    repeats = 0 < val_fraction < 1 and 0 in tokens.values()
+    if repeats:
         full, empty = sorted(tokens, key=tokens.get, reverse=True)
-        print(f"warning: too few documents to hold some out: {empty}.bin repeats {full}.bin",
+        print(f"warning: too little text to hold some out: {empty}.bin repeats {full}.bin",
               file=sys.stderr)
         shutil.copyfile(folder / f"{full}.bin", folder / f"{empty}.bin")
         tokens[empty] = tokens[full]
     return {"dtype": np.dtype(dtype).name, "documents": documents,
             "train_tokens": tokens["train"], "val_tokens": tokens["val"],
+            "val_repeats_train": repeats,
             "fingerprint": [fingerprint(folder / "train.bin"), fingerprint(folder / "val.bin")]}
 
 
@@ -413,6 +579,11 @@ class TokenData:
     tokenizer: tiktoken.Encoding
     train: np.ndarray
     val: np.ndarray
+
+    @property
+    def val_repeats_train(self):
+        """Is the validation text the training text? It is if there was too little to hold out."""
+        return self.meta.get("val_repeats_train", False)   # an older data set does not say
 
     def batch(self, split, offsets, length):
         """Tokens [o, o + length) for each offset o (B,) -> int64 (B, length)."""
@@ -496,7 +667,8 @@ def main():
         parser = Parser(description="Tokenize text into data/<name>/.")
         add = parser.add_argument
         add("source", nargs="*", default=["stdlib"],
-            help=f"{', '.join(KNOWN)}; or files, folders; - for stdin")
+            help=f"{', '.join(KNOWN)}; or files, folders; - for stdin "
+                 "(text ends at each <|endoftext|>)")
         add("--name", help="name of the data set; None: from the source and the tokenizer")
         add("--tokenizer", default="bytes",
             help="bytes, a tiktoken name, or a tiktoken-format file")

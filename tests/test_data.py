@@ -20,10 +20,10 @@ import pytest
 import tiktoken
 
 import data.prepare
-from data.prepare import (DOWNLOADS, FILES, encode, get_tokenizer, load_data, pieces,
+from data.console import remove_leftovers, temporary
+from data.prepare import (DOWNLOADS, FILES, decode, encode, get_tokenizer, load_data, pieces,
                           prepare)
 from helpers import ROOT, assert_one_line
-from sample import decode
 
 
 def decoded(folder, split="train"):
@@ -36,6 +36,11 @@ def decoded(folder, split="train"):
         else:
             documents[-1].append(token)
     return [decode(data.tokenizer, document) for document in documents]
+
+
+def json_lines(texts):
+    """Bytes -> a file with a JSON object for each."""
+    return b"".join(json.dumps({"text": text.decode()}).encode() + b"\n" for text in texts)
 
 
 def everything(folder):
@@ -64,7 +69,8 @@ def test_the_standard_library_is_the_default_with_tabs_for_blanks(data_dir):
 
 def test_site_packages_adds_the_source_of_installed_packages(data_dir, tmp_path, monkeypatch):
     for path in ("lib/json.py", "lib/test/test_json.py", "lib/site-packages/torch.py",
-                 "lib/site-packages/torch/tests/big.py", "lib/site-packages/torch/data.bin"):
+                 "lib/site-packages/torch/tests/big.py", "lib/site-packages/torch/data.bin",
+                 "lib/site-packages/pip/_vendor/six.py"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f"def {Path(path).stem}():\n    return 1\n")
     paths = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "lib" / "site-packages"}
@@ -88,6 +94,35 @@ def test_every_kind_of_file_and_stdin(data_dir, tmp_path, monkeypatch):
                             "é two".encode(), b"compressed"]
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"from stdin")))
     assert decoded(prepare(["-"], val_fraction=0, out_root=data_dir)) == [b"from stdin"]
+
+
+def test_what_is_no_text_in_a_folder_is_left_out_and_counted(data_dir, tmp_path, run):
+    folder = tmp_path / "notes"
+    files = {"a.md": b"mine", "package.json": b'{\n"name": "x"}', "cut.txt.gz": PACKED[:-20],
+             "utf16.txt": "mine".encode("utf-16"), "page.html": b"<p>", "sub/Makefile": b"all:",
+             ".git/info.txt": b"theirs", "node_modules/x/readme.md": b"theirs",
+             "sub/.venv/site-packages/y.py": b"theirs"}
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    result = run(data.prepare, folder, "--val_fraction", 0)
+    assert decoded(data_dir / "notes") == [b"mine"]
+    assert result.out.endswith(
+        "; files left out: 1 not readable (cut.txt.gz), 1 not JSON lines (package.json), "
+        "2 with other endings (.html, Makefile), 1 not text (utf16.txt)\n")
+    hidden = prepare([folder / ".git"], val_fraction=0, out_root=data_dir)   # named: searched
+    assert decoded(hidden) == [b"theirs"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_stdin_and_txt_may_be_json_lines_or_packed(pack, data_dir, tmp_path, run):
+    lines = json_lines([b"one", b"two\nlines"])
+    (tmp_path / "lines.txt").write_bytes(pack(lines))
+    for source in ("-", tmp_path / "lines.txt"):
+        run(data.prepare, source, "--name", "t", "--val_fraction", 0, stdin=pack(lines))
+        assert decoded(data_dir / "t") == [b"one", b"two\nlines"]
+    run(data.prepare, "-", "--name", "t", "--val_fraction", 0, stdin=pack(b"{} is no text\n"))
+    assert decoded(data_dir / "t") == [b"{} is no text\n"]
 
 
 def test_long_text_is_cut_at_good_places_and_loses_nothing():
@@ -122,6 +157,19 @@ def test_text_that_cannot_be_split_validates_on_itself_and_says_so(data_dir, tmp
     out = prepare([tmp_path / "one.md"], out_root=data_dir)
     assert decoded(out, "train") == decoded(out, "val")
     assert "warning" in capsys.readouterr().err
+    assert load_data("one").val_repeats_train
+
+
+@pytest.mark.parametrize("kind, size", [("md", 80_000), ("txt", 40_000), ("py", 5000)])
+@pytest.mark.parametrize("seed", range(3))
+def test_of_a_single_file_a_tenth_is_held_out(kind, size, seed, data_dir, tmp_path):
+    random.seed(seed)
+    lines = [b"%d\n" % random.randrange(10**60) for _ in range(size // 60)]
+    (tmp_path / f"one.{kind}").write_bytes(b"".join(lines))
+    out = prepare([tmp_path / f"one.{kind}"], out_root=data_dir)
+    held = b"".join(decoded(out, "val"))
+    assert 0.09 < len(held) / size < 0.25 and not load_data("one").val_repeats_train
+    assert sorted((b"".join(decoded(out)) + held).splitlines(keepends=True)) == sorted(lines)
 
 
 def test_batches_are_the_text_at_the_offsets(foxes):
@@ -176,6 +224,13 @@ def test_a_tokenizer_file_is_kept_with_the_tokens(data_dir, tmp_path, vocabulary
     assert len(data.train) < len(text.read_bytes())
     assert str(tmp_path) not in json.dumps(data.meta)
     assert decode(data.tokenizer, [257, 10_000, 258]) == b"the the"   # 10,000 is no token
+
+
+def test_ids_in_a_gap_of_a_vocabulary_are_left_out_of_the_text():
+    ranks = {bytes([i]): i for i in range(256)}
+    enc = tiktoken.Encoding("gap", pat_str=r"[\s\S]", mergeable_ranks=ranks,
+                            special_tokens={"<|endoftext|>": 300})
+    assert decode(enc, [97, 256, 98, 299, 300, 301, 99]) == b"ab<|endoftext|>c"
 
 
 def test_dtype_follows_the_vocabulary(data_dir, tmp_path, monkeypatch):
@@ -246,12 +301,11 @@ def test_downloads_are_prepared(data_dir, server):
 
 
 def test_wikitext_is_one_document_an_article_all_for_validation(data_dir, server):
-    text = b" \n = First = \n \n W . \n \n = = Section = = \n \n M . \n \n = Second = \n \n W \n"
-    server("wikitext103-test", zipped("wikitext-103-raw/wiki.test.raw", text))
+    articles = [b" = First = \n \n W . \n \n = = Section = = \n \n M . \n",
+                b" = Second = \n \n W \n"]
+    server("wikitext103-test", json_lines(articles))
     out = prepare(["wikitext103-test"], out_root=data_dir)
-    documents = decoded(out, "val")
-    assert [document[:10] for document in documents] == [b" = First =", b" = Second "]
-    assert b"Section" in documents[0] and decoded(out, "train") == []
+    assert decoded(out, "val") == articles and decoded(out, "train") == []
 
 
 def test_a_broken_download_leaves_nothing_that_looks_finished(data_dir, server, run):
@@ -279,6 +333,7 @@ BAD_FILES = {
     "good.txt": b"text",
     "empty.txt": b"",
     "latin.txt": "é".encode("latin-1"),
+    "shakespeare.txt": b"text",
     "bad.jsonl": b'{"text": "a"}\n{"words": "b"}\n',
     "cut.txt.gz": PACKED[:-20],
     "whole.model": WHOLE,
@@ -289,6 +344,8 @@ BAD = {
     "empty file": (["empty.txt"], "no text there"),
     "folder without text": (["pictures"], "expected .txt"),
     "a known one among others": (["stdlib", "good.txt"], "or alone stdlib"),
+    "the name of a known one": (
+        ["shakespeare.txt"], "would replace the known data set 'shakespeare': give it a --name"),
     "parent": (["good.txt", "--name", ".."], "--name '..' must be the name of one folder"),
     "not UTF-8": (["latin.txt", "--tokenizer", "whole.model"], "latin.txt is not UTF-8"),
     "no text field": (["bad.jsonl"], "bad.jsonl, line 2"),
@@ -385,9 +442,36 @@ def test_a_prepare_that_is_broken_off_leaves_what_was_there(how, function, code,
     before = everything(data_dir / foxes)
     monkeypatch.setattr(data.prepare, function, how)
     for name in (foxes, "another"):
-        assert run(data.prepare, tmp_path / "foxes.txt", "--name", name).code == code
+        result = run(data.prepare, tmp_path / "foxes.txt", "--name", name)
+        assert result.code == code
+        if how == disk_full:
+            assert_one_line(result, f"disk full: {data_dir / name} could not be written")
     assert everything(data_dir / foxes) == before
     assert [path.name for path in data_dir.iterdir()] == [foxes]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(foxes, data_dir, tmp_path, run):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+
+    def left_by(process, path):
+        return path.with_name(temporary(path).name.replace(str(os.getpid()), str(process)))
+
+    left = [left_by(dead.pid, data_dir / "big"), left_by(dead.pid, data_dir / foxes / "tokens")]
+    kept = [left_by(os.getppid(), data_dir / "big"), data_dir / f".big.elsewhere-{dead.pid}.tmp",
+            data_dir / ".mine.tmp"]
+    for folder in left + kept:
+        folder.mkdir()
+        (folder / "train.bin").write_bytes(b"half")
+    run(data.prepare, tmp_path / "foxes.txt")
+    assert not any(folder.exists() for folder in left)
+    assert all((folder / "train.bin").exists() for folder in kept)
+    file = left_by(dead.pid, tmp_path / "calm.pt")
+    file.write_bytes(b"half")
+    remove_leftovers(tmp_path, "ar.pt")
+    assert file.exists()
+    remove_leftovers(tmp_path, "calm.pt")
+    assert not file.exists()
 
 
 def test_it_runs_as_a_script_from_anywhere(tmp_path):
