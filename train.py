@@ -12,8 +12,10 @@ resumed ends with the same weights as an uninterrupted one. Several processes to
 steps of a single one, if their number divides --grad_accum.
 """
 import math
+import shlex
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -26,9 +28,9 @@ from tqdm import tqdm
 import eval_brier
 from autoencoder import Autoencoder, AutoencoderConfig
 from calm import AR, CALM, HEADS, ARConfig, CALMConfig, flops_per_token
-from data.checkpoint import (append_log, check_fits, load_checkpoint, rewind_log, save_checkpoint,
-                             saved_settings)
-from data.console import Parser, add_fields, clean_end, fail, within
+from data.checkpoint import (append_log, check_fits, check_tokenizer, checksums, load_checkpoint,
+                             only_writer, read_log, rewind_log, save_checkpoint, saved_settings)
+from data.console import Parser, add_fields, bar_options, clean_end, fail, within
 from data.machine import Machine, select_device, select_dtype
 from data.prepare import load_data
 from sample import cast_matrices, continue_text
@@ -502,8 +504,8 @@ class Stage:
         if metrics:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             self.machine.say(f"{self.kind} step {step}: loss {loss:.4g}, {shown}")
-        self.machine.show(bar.set_postfix,
-                          {"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}"})
+        self.machine.show(bar.set_postfix,   # False: it is shown with the next step
+                          {"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}"}, False)
         if self.machine.is_first:
             append_log(self.log, {
                 "stage": self.kind, "chunk_size": self.args.chunk_size, "step": step, "loss": loss,
@@ -564,7 +566,7 @@ def train(stage):
         earlier_seconds = rewind_log(stage.log, stage.kind, stage.first_step - 1)
     started = time.time() - earlier_seconds
     bar = tqdm(total=config.max_steps, initial=stage.first_step - 1, desc=stage.kind, unit="step",
-               disable=not machine.is_first)
+               disable=not machine.is_first, **bar_options())
     machine.listen()   # for Ctrl-C
 
     for step in range(stage.first_step, config.max_steps + 1):
@@ -599,9 +601,9 @@ def train(stage):
         if evaluating or stopping:
             stage.save(step)
         if stopping:
-            machine.say(f"interrupted at step {step}, saved to {stage.path}. Go on with: "
-                        f"python train.py --resume --model {args.model} --data {args.data} "
-                        f"--out_dir {args.out_dir}")
+            command = shlex.join(["python", "train.py", "--resume", "--model", args.model, "--data",
+                                  args.data, "--out_dir", str(args.out_dir)])
+            machine.say(f"interrupted at step {step}, saved to {stage.path}. Go on with: {command}")
             raise SystemExit(130)
 
     machine.show(bar.close)
@@ -614,9 +616,7 @@ def train(stage):
 # --- All of it: autoencoder, then CALM or AR, then BrierLM and text ------------------------
 
 
-def train_all(args):
-    machine = Machine(args.device, args.dtype, args.compile)
-    data = open_data(args, machine)
+def train_all(args, data, machine):
     total_flops = args.flops
     if args.match_flops:
         total_flops = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
@@ -668,16 +668,21 @@ def finish(model, args, data, machine, flops, inference_flops):
         "stage": args.model, "chunk_size": args.chunk_size, "step": args.max_steps, "seconds": 0.0,
         "flops": flops, "inference_flops": inference_flops, "final": True, **result})
     continue_text(model, data, machine.device, machine.dtype, args.seed)
-    print(f"Next:\n  python sample.py --out_dir {args.out_dir} --model {args.model} "
-          "--temperature 0.5")
+    out_dir = shlex.quote(str(args.out_dir))
+    print(f"Next:\n  python sample.py --out_dir {out_dir} --model {args.model} --temperature 0.5")
     if args.model == "calm":   # the baseline at equal cost
-        print(f"  python train.py --model ar --match_flops {args.out_dir} --out_dir {args.out_dir}")
+        print(f"  python train.py --model ar --match_flops {out_dir} --out_dir {out_dir}")
 
 
 def main():
     advice = "lower --batch_size and raise --grad_accum by as much (stage 1: --ae_batch_size, ...)"
     with clean_end(when_memory_is_full=advice):
-        train_all(parse_args(sys.argv[1:]))
+        args = parse_args(sys.argv[1:])
+        machine = Machine(args.device, args.dtype, args.compile)
+        data = open_data(args, machine)
+        with only_writer(args.out_dir) if machine.is_first else nullcontext():
+            machine.barrier()   # if the first process may not write, all end here
+            train_all(args, data, machine)
 
 
 if __name__ == "__main__":

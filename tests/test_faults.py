@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 
 import autoencoder as autoencoder_script
+import data.machine
 import data.prepare
 import eval_brier
 import sample
 import train
+from data.checkpoint import only_writer, save_checkpoint
+from data.machine import Machine
 from helpers import (ALONE, FOXES, SHORT, TINY, assert_one_line, assert_same_weights, checkpoint_of)
 
 
@@ -212,7 +216,7 @@ def test_a_checkpoint_cannot_run_code_or_choose_where_a_run_writes(copied, tmp_p
 
 
 # --- A full disk, a full memory, numbers that are none -------------------------------------
-def test_a_full_disk_leaves_the_old_checkpoint(copied, run, monkeypatch):
+def test_a_full_disk_leaves_the_old_checkpoint(copied, run, monkeypatch, capsys):
     flags, out, _ = copied
     before = (out / "ar.pt").read_bytes()
 
@@ -221,8 +225,12 @@ def test_a_full_disk_leaves_the_old_checkpoint(copied, run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert_one_line(run(train, *flags), "No space left on device); the previous checkpoint is int")
+    advice = "the previous checkpoint is intact: make room, then go on with --resume"
+    assert_one_line(run(train, *flags), f"could not write {out / 'ar.pt'} (disk full); {advice}")
     assert (out / "ar.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
+    with pytest.raises(SystemExit, match="2"):
+        save_checkpoint(out / "calm2.pt", {})
+    assert "nothing was saved: make room, then start again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("message, line", [

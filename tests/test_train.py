@@ -1,19 +1,23 @@
 """Training: it learns, it resumes, several processes agree; the optimizer, the flags, the bench."""
 import math
 import os
+import shlex
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import autoencoder as autoencoder_script
 import bench
+import data.prepare
 import eval_brier
 import sample
 import train
+from data.checkpoint import append_log
 from data.machine import Machine
-from helpers import (TINY, assert_one_line, assert_same_weights, checkpoint_of,
+from helpers import (FOXES, TINY, assert_one_line, assert_same_weights, checkpoint_of,
                      last_line, log_of, losses, torchrun)
 
 
@@ -128,15 +132,17 @@ def interrupt_step_7(monkeypatch, stage, number):
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, number, fit,
                                                                  tmp_path):
     whole = tmp_path / "whole"
-    broken = tmp_path / "broken"
+    broken = tmp_path / "broken in two"
     flags = ["--model", model, "--optimizer", "muon"]
     fit(whole, *flags)
     with pytest.MonkeyPatch.context() as patch:
         interrupt_step_7(patch, stage, number)
         result = fit(broken, *flags, code=130)
-    assert "interrupted at step 7" in result.out and "--resume" in result.out
+    assert "interrupted at step 7" in result.out
+    command = result.out.split("Go on with: ")[1].splitlines()[0]
+    assert {"train.py", "--resume", str(broken)} <= set(shlex.split(command))
     assert checkpoint_of(broken, stage)["step"] == 7
-    fit(broken, "--resume", "--model", model, "--device", "cpu")
+    fit(broken, *shlex.split(command)[2:], "--device", "cpu")
     assert_same_weights(whole, broken, model)
     assert losses(whole, stage).items() <= losses(broken, stage).items()
 
