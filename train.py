@@ -8,8 +8,11 @@ Training: stage 1 is the autoencoder, stage 2 is CALM. (The baseline, AR, has a 
 In this order: what is trained and how (presets), flags, Muon, one step, the loop, all of it.
 
 Every batch and all noise are functions of the seed and the step. So a run that was stopped and
-resumed ends with the same weights as an uninterrupted one. Several processes together make the
-steps of a single one, if their number divides --grad_accum.
+resumed ends with the same weights as an uninterrupted one, if it has as many threads. Several
+processes together make the steps of a single one: their number must divide --grad_accum.
+
+Ctrl-C or SIGTERM saves after the step that is being made; torchrun allows 30 seconds for that. If
+a process dies, or hangs for ten minutes, all end, and --resume goes on from the last evaluation.
 """
 import math
 import shlex
@@ -53,7 +56,7 @@ class TrainConfig:
     decay_frac: float = 0.0    # share of the steps, at the end, over which the rate falls to 0
     max_steps: int = 250_000   # optimizer steps
     batch_size: int = 8        # sequences of block_size chunks in a micro-batch
-    grad_accum: int = 32       # micro-batches a step, shared among processes (at least one each)
+    grad_accum: int = 32       # micro-batches a step, shared equally among processes
 
     def __post_init__(self):
         if self.grad_clip == 0:
@@ -230,6 +233,29 @@ def check_settings(args):
     if args.context < least and args.model != "autoencoder":
         fail(f"--block_size {args.block_size} is too short a context for BrierLM: "
              "take a longer one")
+
+
+def check_shares(args, machine):
+    """Fail unless each process gets as many micro-batches of a step as the others. (A step must be
+    the same for any number of processes, and each micro-batch has noise of its own.)"""
+    numbers = []
+    flags = []   # of the same batches, in micro-batches that can be shared
+    for kind in ("autoencoder", "calm") if args.model == "calm" else (args.model,):
+        config = config_of(TrainConfig, args, kind)
+        numbers.append(config.grad_accum)
+        sequences = config.grad_accum * config.batch_size
+        least = math.ceil(config.grad_accum / machine.size) * machine.size
+        for count in range(least, sequences + 1, machine.size):
+            if sequences % count == 0:
+                flags += [f"--{flag('grad_accum', kind)} {count}",
+                          f"--{flag('batch_size', kind)} {sequences // count}"]
+                break
+    common = math.gcd(*numbers)
+    if common % machine.size != 0:
+        shares = [str(n) for n in range(1, common + 1) if common % n == 0]
+        same = f", or {' '.join(flags)}" if len(flags) == 2 * len(numbers) else ""
+        machine.fail(f"{machine.size} processes cannot share the micro-batches of a step equally: "
+                     f"start {' or '.join(shares)}{same}")
 
 
 def make_model(kind, args, autoencoder=None):
@@ -436,13 +462,14 @@ class Stage:
         # A window has a context to read and, at its end, tokens that are only predicted.
         only_predicted = {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[kind]
         self.window = args.context + only_predicted                # in tokens
-        self.count = math.ceil(self.config.grad_accum / machine.size)   # micro-batches per process
+        self.count = self.config.grad_accum // machine.size        # micro-batches per process
         self.tokens_per_step = machine.size * self.count * self.config.batch_size * args.context
         self.token_flops = token_flops
         self.flops_before = flops_before
         self.first_step = 1
         self.tokens_before = 0                                     # read before first_step
         self.skip = False                                          # is it trained already?
+        machine.check_same(checksums(self.path), self.path)
         if self.path.exists():
             self.resume()
         elif (args.out_dir / f"{args.model}.pt").exists():
@@ -559,7 +586,7 @@ def train(stage):
              f"--{flag('max_steps', stage.kind)} must be at least that")
     machine.say(stage.describe())
     model = torch.compile(stage.model) if machine.compiles else stage.model
-    if machine.size > 1:
+    if machine.size > 1:   # around the compiled model: torch advises this order
         model = DistributedDataParallel(model)
     earlier_seconds = 0.0
     if machine.is_first:
@@ -652,6 +679,7 @@ def open_data(args, machine):
         load_data(args.data)
     machine.barrier()
     data = load_data(args.data)
+    machine.check_same(data.meta["fingerprint"], f"the data set {data.folder}")
     args.vocab_size = data.meta["vocab_size"]
     args.data = data.meta["name"]
     for split in ("train", "val"):
@@ -679,6 +707,7 @@ def main():
     with clean_end(when_memory_is_full=advice):
         args = parse_args(sys.argv[1:])
         machine = Machine(args.device, args.dtype, args.compile)
+        check_shares(args, machine)
         data = open_data(args, machine)
         with only_writer(args.out_dir) if machine.is_first else nullcontext():
             machine.barrier()   # if the first process may not write, all end here

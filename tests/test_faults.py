@@ -126,6 +126,46 @@ def test_variables_of_torchrun_set_by_hand_are_one_line(variables, fit, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_process_that_waits_in_vain_for_another_ends_with_a_line(monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(data.machine, "PATIENCE", timedelta(seconds=0.1))
+    with pytest.raises(SystemExit, match="2"):
+        Machine("cpu")
+    assert "clients joined" in capsys.readouterr().err
+
+
+def test_processes_with_other_data_or_checkpoints_end_together(trained, run, monkeypatch):
+    """As if there were three, of which the last one differs: each of them ends."""
+    def gather(values, value):
+        values[:] = [value, value, "other"]
+
+    flags = ["--data", trained / "foxes4", "--out_dir", trained / "out", "--resume"]
+    monkeypatch.setattr(data.machine, "join_processes", lambda device: (3, rank, None))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(Machine, "barrier", lambda machine: None)
+    monkeypatch.setattr(train, "check_shares", lambda args, machine: None)
+    message = "foxes4 of process 2 is not that of the first process: copy that one to every machine"
+    for rank in range(3):
+        result = run(train, *flags)
+        if rank == 0:
+            assert_one_line(result, message)
+        assert result.code == 2 and (rank == 0 or not result.err)
+
+
+def test_two_runs_do_not_write_to_one_folder_and_a_killed_one_leaves_nothing(fit, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".calm.pt.4711.tmp", ".log.jsonl.4711.tmp", ".notes.pt.4711.tmp"):
+        (out / name).write_text("half")
+    with only_writer(out):
+        assert_one_line(fit(out, code=2), f"another run is writing to {out}: use another")
+    assert [path.name for path in out.iterdir()] == [".notes.pt.4711.tmp"]
+    with only_writer(out):   # once more: the lock ends with its holder
+        pass
+
+
 # --- Damaged files -------------------------------------------------------------------------
 @pytest.fixture
 def copied(trained, tmp_path):
@@ -322,7 +362,8 @@ def test_a_dead_process_ends_the_run_and_another_number_goes_on(foxes, data_dir,
     group = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          "train.py", *SHORT, "--data", data_dir / foxes, "--model", "ar", "--out_dir", out,
-         "--max_steps", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **ALONE)
+         "--max_steps", "100000", "--grad_accum", "2"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **ALONE)
     try:
         while not (out / "ar.pt").exists():
             assert group.poll() is None

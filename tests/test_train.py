@@ -183,26 +183,38 @@ def test_a_run_goes_on_in_another_precision(first, second, fit, tmp_path):
 # --- Several processes ---------------------------------------------------------------------
 def test_two_processes_go_the_whole_road_from_an_empty_folder(foxes, data_dir, tmp_path):
     done = torchrun(2, "--data", data_dir / foxes, "--out_dir", tmp_path, *TINY,
-                    "--ae_max_steps", 4, "--max_steps", 4)
+                    "--ae_max_steps", 4, "--max_steps", 4, "--ae_grad_accum", 2, "--grad_accum", 2)
     assert done.returncode == 0 and "BrierLM" in done.stdout, done.stderr
     for kind in ("autoencoder", "calm"):
         assert checkpoint_of(tmp_path, kind)["done"] and checkpoint_of(tmp_path, kind)["step"] == 4
 
 
-@pytest.mark.parametrize("model", ["calm", "ar"])
-def test_two_processes_make_the_steps_of_one(model, fit, foxes, data_dir, tmp_path):
+COMPILED = """import functools, sys, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")   # Inductor takes a minute
+sys.path.insert(0, ".")
+import train
+train.main()
+"""
+
+
+@pytest.mark.parametrize("model, compiled", [("calm", "off"), ("ar", "on")])
+def test_two_processes_make_the_steps_of_one(model, compiled, fit, foxes, data_dir, tmp_path):
     """One process with two micro-batches a step, or two with one each. AR draws no noise: there it
-    is the same as twice the batch. From a checkpoint on: AdamW's very first steps have the full
-    size whatever the gradient, which is then partly rounding."""
+    is the same as twice the batch, and compiled. From a checkpoint on: AdamW's very first steps
+    have the full size whatever the gradient, which is then partly rounding."""
     one = tmp_path / "one"
     two = tmp_path / "two"
-    fit(one, "--optimizer", "adamw", "--model", model)
+    fit(one, "--optimizer", "adamw", "--model", model, "--n_layer", 1)
     shutil.copytree(one, two)
     flags = ["--resume", "--model", model, "--max_steps", 21, "--device", "cpu"]
-    twice = ["--grad_accum", 2] if model == "calm" else ["--batch_size", 8]
-    fit(one, *flags, *twice)
-    done = torchrun(2, *flags, "--data", data_dir / foxes, "--out_dir", two)
+    shared = ["--grad_accum", 2, "--ae_grad_accum", 2]
+    fit(one, *flags, *(shared if model == "calm" else ["--batch_size", 8]))
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED)
+    done = torchrun(2, *flags, *shared, "--data", data_dir / foxes, "--out_dir", two,
+                    "--compile", compiled, script=script)
     assert done.returncode == 0, done.stderr
+    assert (", compiled" in done.stdout) == (compiled == "on"), done.stdout
     assert_same_weights(one, two, model, rtol=1e-3, atol=1e-5)
     assert losses(one, model) == pytest.approx(losses(two, model), rel=1e-4)
 
