@@ -111,11 +111,12 @@ def flag(name, kind):
 
 # Settings that are never taken from a checkpoint.
 OWN = {"resume", "out_dir", "device", "model"}
-# With --resume all other settings come from the checkpoint. A flag may change them, but not these,
-# which the weights and the optimizers depend on.
-FIXED = {"preset", "optimizer", "ae_optimizer"}
-FIXED |= {flag(field.name, "calm") for field in fields(CALMConfig)}
-FIXED |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)}
+# With --init_from these come from that run, and no flag may change them.
+MODEL = {flag(field.name, "calm") for field in fields(CALMConfig)}
+MODEL |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)}
+# With --resume all settings but OWN come from the checkpoint. A flag may change them, but not
+# these, which the weights and the optimizers depend on.
+FIXED = MODEL | {"preset", "optimizer", "ae_optimizer", "init_from"}
 
 
 def config_of(config, args, kind, **given):
@@ -139,6 +140,8 @@ def make_parser():
     add("--out_dir", help="the run's folder; None: out/<data name>")
     add("--resume", action="store_true",
         help="go on from the checkpoint in out_dir, with its settings")
+    add("--init_from", metavar="RUN",
+        help="begin with the weights of RUN, of its sizes: fine-tuning; steps count from 1")
     add("--flops", type=within(1, 1e30, float),
         help="train for so many FLOPs, autoencoder included; wins over --max_steps")
     add("--match_flops", metavar="RUN",
@@ -180,17 +183,14 @@ def parse_args(argv):
 
     args.out_dir = Path(args.out_dir or Path("out") / Path(args.data).absolute().name)
     if args.resume:
-        out_dir = args.out_dir
         kinds = ["calm", "autoencoder"] if args.model == "calm" else [args.model]
-        saved = settings_of(out_dir, kinds)
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        args.out_dir = out_dir
-        for name in FIXED:   # (vocab_size has no flag: it is the saved one on both sides)
-            asked = getattr(args, name)
-            if asked != saved[name]:
-                fail(f"{out_dir} has {name} {saved[name]}, this run asks for {asked}: "
-                     "drop the flag")
+        args = go_on_from(args.out_dir, settings_of(args.out_dir, kinds), FIXED, parser, argv, args)
+    elif args.init_from:
+        if args.model == "autoencoder":
+            fail("--init_from takes an autoencoder as it is: drop it, or --model autoencoder")
+        saved = settings_of(Path(args.init_from), [args.model])
+        saved = {name: saved[name] for name in MODEL}
+        args = go_on_from(args.init_from, saved, MODEL, parser, argv, args)
 
     if (given.flops or given.match_flops) and args.model == "autoencoder":
         fail("--flops, --match_flops set the length of a CALM or AR run: drop it, "
@@ -217,6 +217,20 @@ def settings_of(out_dir, kinds):
     """The settings of an earlier run, but for those that each run has of its own."""
     settings = saved_settings(out_dir, kinds)
     return {name: value for name, value in settings.items() if name not in OWN}
+
+
+def go_on_from(run, saved, fixed, parser, argv, args):
+    """Parse the flags once more, with the settings of an earlier run as their defaults, of which no
+    flag may change those in `fixed` -> argparse.Namespace, with the out_dir of `args`."""
+    parser.set_defaults(**saved)
+    out_dir = args.out_dir
+    args = parser.parse_args(argv)
+    args.out_dir = out_dir
+    for name in fixed:   # (vocab_size has no flag: it is the saved one on both sides)
+        asked = getattr(args, name)
+        if asked != saved.get(name):   # (init_from is younger than some checkpoints)
+            fail(f"{run} has {name} {saved.get(name)}, this run asks for {asked}: drop the flag")
+    return args
 
 
 def check_settings(args):
@@ -475,6 +489,8 @@ class Stage:
         elif (args.out_dir / f"{args.model}.pt").exists():
             # calm.pt is here, and its autoencoder.pt is not.
             fail(f"{self.path}, which {args.model}.pt was trained with, is gone: put it back")
+        elif args.init_from:
+            self.take_weights(Path(args.init_from) / f"{kind}.pt")
 
     def resume(self):
         """Go on from this stage's checkpoint. That needs --resume, with one exception: CALM may
@@ -483,8 +499,9 @@ class Stage:
         check_fits(checkpoint, self.path, self.model.config, self.data)
         done = checkpoint["done"]
         # Only an autoencoder on the way to CALM can be skipped. What --model names never is, for a
-        # larger --max_steps may ask for more.
-        self.skip = done and self.kind != self.args.model
+        # larger --max_steps may ask for more. With --init_from another one is asked for.
+        another = self.args.init_from and not self.args.resume
+        self.skip = done and self.kind != self.args.model and not another
         if not self.skip and not self.args.resume:
             state = "already trained" if done else "unfinished"
             fail(f"{self.path} is {state} (step {checkpoint['step']:,}): add --resume to go on, "
@@ -501,6 +518,20 @@ class Stage:
             optimizer.load_state_dict(settings | {"state": saved["state"]})
         if checkpoint["scaler"]:                                   # empty, unless it was float16
             self.scaler.load_state_dict(checkpoint["scaler"])
+
+    def take_weights(self, path):
+        """Begin with the weights of an earlier run's checkpoint. An autoencoder is not trained any
+        further, and becomes this run's own."""
+        self.machine.check_same(checksums(path), path)
+        checkpoint = load_checkpoint(path, self.kind)
+        check_tokenizer(checkpoint, self.data)
+        self.model.load_state_dict(checkpoint["model"])
+        if self.kind == "autoencoder":
+            self.skip = True
+            self.config.max_steps = checkpoint["step"]
+            self.first_step = checkpoint["step"] + 1
+            self.tokens_before = checkpoint["tokens"]
+            self.save(checkpoint["step"])
 
     def set_budget(self, total):
         """Set max_steps so that the FLOPs of all stages come as close to `total` as they can."""

@@ -38,6 +38,7 @@ def faulty(trained, tmp_path_factory):
     calm = checkpoint_of(folder / "out", "calm")
     other = {**calm["data"], "tokenizer": "other", "vocabulary": {}}
     checkpoints = {
+        "other/autoencoder": {**ae, "data": other},
         "only_ae/autoencoder": ae,
         "unfinished/autoencoder": {**ae, "done": False, "step": 5},
         "dear/autoencoder": {**ae, "tokens": 10**30},
@@ -73,6 +74,15 @@ BAD = {   # script, flags, folder for --out_dir, what the line must say
     "resume, other size": (train, [*OLD, "--n_embd", "128"], "out", "this run asks for 128"),
     "resume, earlier step": (
         train, [*OLD, "--max_steps", "5"], "out", "at step 40: --max_steps must be at least that"),
+    "weights of nothing": (train, [*NEW, "--init_from", "x"], "new", "no checkpoint at x/calm.pt"),
+    "weights for other tokens": (
+        train, [*NEW, "--init_from", "other"], "new", "was trained with the tokenizer other, and"),
+    "weights beside others": (
+        train, [*NEW, "--init_from", "out"], "only_ae", "already trained (step 40): add --resume"),
+    "weights of another size": (
+        train, [*NEW, "--init_from", "out", "--n_embd", "32"], "new", "out has n_embd 64, this"),
+    "weights of an autoencoder": (
+        train, [*NEW, "--init_from", "out", "--model", "autoencoder"], "new", "drop it, or"),
     "already trained": (train, NEW, "out", "already trained"),
     "unfinished": (train, NEW, "unfinished", "unfinished (step 5)"),
     "other K": (train, [*NEW, "--chunk_size", "8"], "only_ae", "chunk_size 4, this run asks for 8"),

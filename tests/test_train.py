@@ -219,6 +219,44 @@ def test_two_processes_make_the_steps_of_one(model, compiled, fit, foxes, data_d
     assert losses(one, model) == pytest.approx(losses(two, model), rel=1e-4)
 
 
+@pytest.mark.parametrize("flags, processes, advice", [
+    (["--preset", "mini"], 8, "start 1, or --ae_grad_accum 8 --ae_batch_size 1 --grad_accum 8 "
+                              "--batch_size 4"),
+    (["--preset", "mini", "--model", "ar"], 3, "start 1 or 2"),
+    (["--preset", "M"], 8, None)])
+def test_a_batch_that_cannot_be_shared_equally_is_refused_with_what_works(
+        flags, processes, advice, monkeypatch, capsys):
+    args = train.parse_args(flags)
+    machine = Machine("cpu")
+    machine.size = processes
+    monkeypatch.setattr(Machine, "barrier", lambda machine: None)
+    if advice is None:
+        train.check_shares(args, machine)
+        return
+    with pytest.raises(SystemExit, match="2"):
+        train.check_shares(args, machine)
+    assert capsys.readouterr().err.endswith(f"equally: {advice}\n")
+    if "--" in advice:
+        train.check_shares(train.parse_args([*flags, *advice.split(", or ")[1].split()]), machine)
+
+
+# --- Fine-tuning ---------------------------------------------------------------------------
+def test_a_run_begins_with_the_weights_of_another_on_other_text(trained, fit, data_dir, tmp_path):
+    """At a rate near 0 they stay what they are, and so does the loss. It resumes like any run."""
+    (tmp_path / "again.txt").write_text(FOXES[:20000])
+    data.prepare.prepare([tmp_path / "again.txt"], out_root=data_dir)
+    old = trained / "out"
+    new = tmp_path / "new"
+    flags = ["--data", "again", "--device", "cpu", "--log_interval", 1]
+    fit(new, *flags, "--init_from", old, "--max_steps", 1, "--lr", 1e-12, "--muon_lr", 1e-12)
+    assert_same_weights(old, new, "calm", atol=1e-6)
+    assert_same_weights(old, new, "autoencoder")
+    assert losses(new, "calm")[1] == pytest.approx(losses(old, "calm")[40], rel=0.2)
+    fit(new, *flags, "--resume", "--max_steps", 2)
+    assert checkpoint_of(new, "autoencoder")["data"]["name"] == "again"
+    assert losses(new, "calm").keys() == {1, 2}
+
+
 # --- Muon, compiling -----------------------------------------------------------------------
 def test_a_step_of_muon_is_a_step_of_torchs():
     """Within what bfloat16, in which torch computes it, can tell: with momentum, so two steps."""
