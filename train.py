@@ -597,11 +597,28 @@ class Stage:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         steps = self.config.max_steps
         flops = self.token_flops * self.tokens_per_step * steps
+        times = self.tokens_at(steps) / len(self.data.train)
         machine = self.machine
         return (f"{self.kind}: {parameters:,} parameters, {steps:,} steps of "
-                f"{self.tokens_per_step:,} tokens, {flops:.2e} FLOPs, on {machine.size} x "
+                f"{self.tokens_per_step:,} tokens (reads the text {times:,.2f} times), "
+                f"{flops:.2e} FLOPs, on {machine.size} x "
                 f"{machine.device.type} in {machine.dtype}"
                 f"{', compiled' if machine.compiles else ''}")
+
+    def say_if_best_before(self):
+        """Say so if the validation loss was lower by over 1 % at an earlier step than at the last:
+        then the model has begun to learn the text by heart."""
+        entries = [entry for entry in read_log(self.log)
+                   if entry["stage"] == self.kind and "val_loss" in entry]
+        if not entries:   # the log of a finished run was moved away
+            return
+        best = min(entries, key=lambda entry: entry["val_loss"])
+        last = entries[-1]
+        if last["val_loss"] - best["val_loss"] > 0.01 * abs(best["val_loss"]):
+            self.machine.say(
+                f"{self.kind}: the validation loss was best at step {best['step']:,} "
+                f"({best['val_loss']:.4g}, in the end {last['val_loss']:.4g}): give it more text, "
+                f"or --{flag('max_steps', self.kind)} {best['step']} and another --out_dir")
 
 
 def train(stage):
@@ -665,6 +682,8 @@ def train(stage):
             raise SystemExit(130)
 
     machine.show(bar.close)
+    if machine.is_first:
+        stage.say_if_best_before()
     machine.listening = False   # all is saved
     if machine.any_interrupted():   # during the last evaluation
         raise SystemExit(130)

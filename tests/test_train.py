@@ -63,6 +63,17 @@ def test_muon_auxiliary_loss_accumulation_and_bfloat16_train(fit, tmp_path):
     assert losses(tmp_path, "calm")[15] < losses(tmp_path, "calm")[1]
 
 
+def test_a_stage_that_was_better_before_its_end_says_when(tmp_path):
+    said = []
+    stage = SimpleNamespace(kind="autoencoder", log=tmp_path / "log.jsonl",
+                            machine=SimpleNamespace(say=said.append))
+    for step, loss in ((500, 2.0), (1000, 2.019), (1500, 2.03)):
+        append_log(stage.log, {"stage": stage.kind, "step": step, "seconds": 1, "val_loss": loss})
+        train.Stage.say_if_best_before(stage)
+    assert len(said) == 1 and "best at step 500 (2, in the end 2.03)" in said[0]
+    assert "or --ae_max_steps 500 and another --out_dir" in said[0]
+
+
 def test_the_rate_rises_for_the_warm_up_and_falls_to_zero_at_the_end(fit, tmp_path):
     fit(tmp_path, "--model", "ar", "--lr", 1, "--warmup_steps", 4, "--decay_frac", 0.4,
         "--log_interval", 1)
@@ -134,7 +145,10 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, n
     whole = tmp_path / "whole"
     broken = tmp_path / "broken in two"
     flags = ["--model", model, "--optimizer", "muon"]
-    fit(whole, *flags)
+    result = fit(whole, *flags)
+    times = 0.31 if stage == "autoencoder" else 0.16
+    assert f"{stage}: " in result.out and f"(reads the text {times} times)" in result.out
+    assert f"\n{stage}: 100%" in f"\n{result.err}"   # lines: stderr is no terminal here
     with pytest.MonkeyPatch.context() as patch:
         interrupt_step_7(patch, stage, number)
         result = fit(broken, *flags, code=130)
