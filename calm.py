@@ -736,7 +736,7 @@ def main():
     from data.checkpoint import DEFAULT_RUN, load_tokenizer
     from data.console import clean_end
     from data.prepare import encode, get_tokenizer
-    from sample import load_model
+    from sample import load_model, show
     from train import make_model, parse_args
 
     with clean_end():
@@ -758,9 +758,9 @@ def main():
         with torch.no_grad():
             h = model.hidden(chunks[:, :-1].flatten(1))[:, -1]     # (1, D)
             draws = model.sample_chunks(h, 6)[:, 0]                # (6, K)
-        texts = [repr(tokenizer.decode(chunk.tolist())) for chunk in draws]
+        texts = [repr(show(tokenizer, chunk.tolist())) for chunk in draws]
         print(f"\nsix draws of the last chunk: {' '.join(texts)}\n"
-              f"the last chunk itself:       {tokenizer.decode(chunks[0, -1].tolist())!r}")
+              f"the last chunk itself:       {show(tokenizer, chunks[0, -1].tolist())!r}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from autoencoder import posterior_samples
 from calm import AR, KVCache, flops_per_token
 from data.checkpoint import check_tokenizer
-from data.console import Parser, clean_end, fail, within
+from data.console import Parser, bar_options, clean_end, fail, within
 from data.figure import plot
 from data.machine import autocast, seed_noise
 from data.prepare import load_data
@@ -155,6 +155,7 @@ class Scores:
     stride: int              # from one n-gram's start to the next, in tokens
     context: int             # tokens in a window
     samples: int             # S
+    seen: bool               # is it the text of training? (There was too little to hold some out.)
 
     def means(self, weights=1.0):
         """Means over all n-grams -> hit, collision (..., 4) each.
@@ -171,8 +172,8 @@ class Scores:
         return brierlm(2 * hit - collision)
 
     def bootstrap(self, seed=0):
-        """Weights of 1000 data sets of D documents each, drawn from these with repetition (1000, D).
-        What varies over them is the error that a number owes to the choice of the documents."""
+        """Weights (1000, D) of 1000 data sets of D documents, drawn from these with repetition. The
+        spread of a number over them is the error that it owes to the choice of documents."""
         D = len(self.count)
         return np.random.default_rng(seed).multinomial(D, np.full(D, 1 / D), size=1000)
 
@@ -200,18 +201,19 @@ def score_documents(model, data, device, dtype, windows=375, stride=None, contex
     scores = []
     with autocast(device, dtype):
         batches = range(0, len(offsets), 32)
-        for i in tqdm(batches, desc="BrierLM", disable=not progress, leave=False):
+        for i in tqdm(batches, desc="BrierLM", disable=not progress, leave=False, **bar_options()):
             seed_noise(seed, i)
             tokens = data.batch("val", offsets[i:i + 32], context).to(device)
             scores.append(score_windows(model, tokens, stride, num_draws, **sampling).cpu())
     scores = torch.cat(scores, dim=1).double()                     # (2, windows, starts, 4)
 
-    starts = offsets[:, None] + stride * np.arange(1, scores.shape[2] + 1)    # (windows, starts)
-    numbers = data.document_numbers(starts.ravel())
+    starts = stride * np.arange(1, scores.shape[2] + 1)            # of the n-grams of a window
+    numbers = data.document_numbers((offsets[:, None] + starts).ravel())
     document = torch.from_numpy(np.unique(numbers, return_inverse=True)[1])   # from 0 on
     sums = torch.zeros(2, document.max() + 1, 4, dtype=torch.float64)
     sums.index_add_(1, document, scores.flatten(1, 2))
-    return Scores(*sums.numpy(), document.bincount().numpy(), stride, context, num_draws)
+    return Scores(*sums.numpy(), document.bincount().numpy(), stride, context, num_draws,
+                  data.val_repeats_train)
 
 
 def summary(scores):
@@ -223,7 +225,8 @@ def summary(scores):
     return {"brier": (2 * hit - collision).tolist(), "brierlm": float(scores.brierlm()),
             "stderr": error, "accuracy": hit.tolist(), "collision": collision.tolist(),
             "documents": len(scores.count), "positions": int(scores.count.sum()),
-            "samples": scores.samples, "context": scores.context, "stride": scores.stride}
+            "samples": scores.samples, "context": scores.context, "stride": scores.stride,
+            "val_repeats_train": scores.seen}
 
 
 def evaluate(*args, **kwargs):
@@ -237,7 +240,8 @@ def describe(result):
     error = "?" if result["stderr"] is None else f"{result['stderr']:.2f}"
     return (f"BrierLM {result['brierlm']:.2f} +- {error} ({', '.join(ngrams)}; "
             f"{result['positions']:,} positions in {result['documents']} documents, "
-            f"{result['stride']} tokens apart, in windows of {result['context']})")
+            f"{result['stride']} tokens apart, in windows of {result['context']})"
+            f"{', on the text of training' if result['val_repeats_train'] else ''}")
 
 
 def difference(scores, other):

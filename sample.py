@@ -27,7 +27,7 @@ from calm import AR, CALM, HEADS, ARConfig, CALMConfig, KVCache
 from data.checkpoint import DEFAULT_RUN, load_checkpoint, load_tokenizer
 from data.console import Parser, clean_end, fail, within
 from data.machine import autocast, select_device, select_dtype
-from data.prepare import border_token, encode, get_tokenizer
+from data.prepare import border_token, decode, encode, get_tokenizer
 from data.published import read_official
 
 
@@ -285,11 +285,6 @@ def document_start(model, checkpoint, tokenizer):
         return [border_token(tokenizer)] * model.chunk_size
     context = model.config.block_size * model.chunk_size
     return checkpoint["document_start"][-(context // 2):]
-
-
-def decode(tokenizer, ids):
-    """list of ids -> bytes, without the [PAD] of a published model, which is in no tokenizer."""
-    return tokenizer.decode_bytes([i for i in ids if i < tokenizer.n_vocab])
 
 
 def show(tokenizer, ids):

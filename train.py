@@ -8,13 +8,18 @@ Training: stage 1 is the autoencoder, stage 2 is CALM. (The baseline, AR, has a 
 In this order: what is trained and how (presets), flags, Muon, one step, the loop, all of it.
 
 Every batch and all noise are functions of the seed and the step. So a run that was stopped and
-resumed ends with the same weights as an uninterrupted one. Several processes share the
-micro-batches of a step. If the number of processes divides --grad_accum, the step is the same as
-with one process.
+resumed ends with the same weights as an uninterrupted one, on as many threads. Several processes
+share the micro-batches of a step, so their number must divide --grad_accum: then the step is the
+same as with one process. (A compiled model draws other noise than a plain one.)
+
+Ctrl-C or SIGTERM saves after the step that is being made; torchrun allows 30 seconds for that. If
+a process dies, or hangs for ten minutes, all end, and --resume goes on from the last evaluation.
 """
 import math
+import shlex
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -27,9 +32,9 @@ from tqdm import tqdm
 import eval_brier
 from autoencoder import Autoencoder, AutoencoderConfig
 from calm import AR, CALM, HEADS, ARConfig, CALMConfig, flops_per_token
-from data.checkpoint import (append_log, check_fits, load_checkpoint, rewind_log, save_checkpoint,
-                             saved_settings)
-from data.console import Parser, add_fields, clean_end, fail, within
+from data.checkpoint import (append_log, check_fits, check_tokenizer, checksums, load_checkpoint,
+                             only_writer, read_log, rewind_log, save_checkpoint, saved_settings)
+from data.console import Parser, add_fields, bar_options, clean_end, fail, within
 from data.machine import Machine, seed_noise, select_device
 from data.prepare import load_data
 from sample import cast_matrices, continue_text
@@ -52,7 +57,7 @@ class TrainConfig:
     decay_frac: float = 0.0    # share of the steps, at the end, over which the rate falls to 0
     max_steps: int = 250_000   # optimizer steps
     batch_size: int = 8        # sequences of block_size chunks in a micro-batch
-    grad_accum: int = 32       # micro-batches a step, shared among processes (at least one each)
+    grad_accum: int = 32       # micro-batches a step, shared equally among processes
 
     def __post_init__(self):
         if self.grad_clip == 0:
@@ -107,11 +112,12 @@ def flag(name, kind):
 
 # Settings that are never taken from a checkpoint.
 OWN = {"resume", "out_dir", "device", "model"}
-# With --resume all other settings come from the checkpoint. A flag may change them, but not these,
-# which say what is trained, and for what.
-FIXED = {"preset", "optimizer", "ae_optimizer"}
-FIXED |= {flag(field.name, "calm") for field in fields(CALMConfig)}
-FIXED |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)}
+# With --init_from these come from that run, and no flag may change them.
+MODEL = {flag(field.name, "calm") for field in fields(CALMConfig)}
+MODEL |= {flag(field.name, "autoencoder") for field in fields(AutoencoderConfig)}
+# With --resume all settings but OWN come from the checkpoint. A flag may change them, but not
+# these, which say what is trained, and for what.
+FIXED = MODEL | {"preset", "optimizer", "ae_optimizer", "init_from"}
 
 
 def config_of(config, args, kind, **given):
@@ -135,6 +141,8 @@ def make_parser():
     add("--out_dir", help="the run's folder; None: out/<data name>")
     add("--resume", action="store_true",
         help="go on from the checkpoint in out_dir, with its settings")
+    add("--init_from", metavar="RUN",
+        help="begin with the weights of RUN, of its sizes: fine-tuning; steps count from 1")
     add("--flops", type=within(1, 1e30, float),
         help="train for so many FLOPs, autoencoder included; wins over --max_steps")
     add("--match_flops", metavar="RUN",
@@ -176,17 +184,14 @@ def parse_args(argv):
 
     args.out_dir = Path(args.out_dir or Path("out") / Path(args.data).absolute().name)
     if args.resume:
-        out_dir = args.out_dir
         kinds = ["calm", "autoencoder"] if args.model == "calm" else [args.model]
-        saved = settings_of(out_dir, kinds)
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        args.out_dir = out_dir
-        for name in FIXED:   # (vocab_size has no flag and passes here; check_fits checks it)
-            asked = getattr(args, name)
-            if asked != saved[name]:
-                fail(f"{out_dir} has {name} {saved[name]}, this run asks for {asked}: "
-                     "drop the flag")
+        args = go_on_from(args.out_dir, settings_of(args.out_dir, kinds), FIXED, parser, argv, args)
+    elif args.init_from:
+        if args.model == "autoencoder":
+            fail("--init_from takes an autoencoder as it is: drop it, or --model autoencoder")
+        saved = settings_of(Path(args.init_from), [args.model])
+        saved = {name: saved[name] for name in MODEL}
+        args = go_on_from(args.init_from, saved, MODEL, parser, argv, args)
 
     if (given.flops or given.match_flops) and args.model == "autoencoder":
         fail("--flops, --match_flops set the length of a CALM or AR run: drop it, "
@@ -215,6 +220,20 @@ def settings_of(out_dir, kinds):
     return {name: value for name, value in settings.items() if name not in OWN}
 
 
+def go_on_from(run, saved, fixed, parser, argv, args):
+    """Parse the flags once more, with the settings of an earlier run as their defaults, of which no
+    flag may change those in `fixed` -> argparse.Namespace, with the out_dir of `args`."""
+    parser.set_defaults(**saved)
+    out_dir = args.out_dir
+    args = parser.parse_args(argv)
+    args.out_dir = out_dir
+    for name in fixed:   # (vocab_size has no flag and passes here; check_fits checks it)
+        asked = getattr(args, name)
+        if asked != saved.get(name):   # (init_from is younger than some checkpoints)
+            fail(f"{run} has {name} {saved.get(name)}, this run asks for {asked}: drop the flag")
+    return args
+
+
 def check_settings(args):
     """Fail if anything does not fit: now, and not after the autoencoder has been trained."""
     for kind in KINDS:
@@ -229,6 +248,29 @@ def check_settings(args):
     if args.context < least and args.model != "autoencoder":
         fail(f"--block_size {args.block_size} is too short a context for BrierLM: "
              "take a longer one")
+
+
+def check_shares(args, machine):
+    """Fail unless each process gets as many micro-batches of a step as the others. (A step must be
+    the same for any number of processes, and each micro-batch has noise of its own.)"""
+    numbers = []
+    flags = []   # of the same batches, in micro-batches that can be shared
+    for kind in ("autoencoder", "calm") if args.model == "calm" else (args.model,):
+        config = config_of(TrainConfig, args, kind)
+        numbers.append(config.grad_accum)
+        sequences = config.grad_accum * config.batch_size
+        least = math.ceil(config.grad_accum / machine.size) * machine.size
+        for count in range(least, sequences + 1, machine.size):
+            if sequences % count == 0:
+                flags += [f"--{flag('grad_accum', kind)} {count}",
+                          f"--{flag('batch_size', kind)} {sequences // count}"]
+                break
+    common = math.gcd(*numbers)
+    if common % machine.size != 0:
+        shares = [str(n) for n in range(1, common + 1) if common % n == 0]
+        same = f", or {' '.join(flags)}" if len(flags) == 2 * len(numbers) else ""
+        machine.fail(f"{machine.size} processes cannot share the micro-batches of a step equally: "
+                     f"start {' or '.join(shares)}{same}")
 
 
 def make_model(kind, args, autoencoder=None):
@@ -440,18 +482,21 @@ class Stage:
         # A window has a context to read and, at its end, tokens that are only predicted.
         only_predicted = {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[kind]
         self.window = args.context + only_predicted                # in tokens
-        self.count = math.ceil(self.config.grad_accum / machine.size)   # micro-batches per process
+        self.count = self.config.grad_accum // machine.size        # micro-batches per process
         self.tokens_per_step = machine.size * self.count * self.config.batch_size * args.context
         self.token_flops = token_flops
         self.flops_before = flops_before
         self.first_step = 1
         self.tokens_before = 0                                     # read before first_step
         self.skip = False                                          # is it trained already?
+        machine.check_same(checksums(self.path), self.path)
         if self.path.exists():
             self.resume()
         elif (args.out_dir / f"{args.model}.pt").exists():
             # Stage 2 was trained, but the autoencoder that it needs is not there any more.
             fail(f"{self.path}, which {args.model}.pt was trained with, is gone: put it back")
+        elif args.init_from:
+            self.take_weights(Path(args.init_from) / f"{kind}.pt")
 
     def resume(self):
         """Go on from this stage's checkpoint. That needs --resume, with one exception: CALM may
@@ -460,8 +505,9 @@ class Stage:
         check_fits(checkpoint, self.path, self.model.config, self.data)
         done = checkpoint["done"]
         # Only an autoencoder on the way to CALM is skipped. The model that --model names is not:
-        # a larger --max_steps may ask for more steps.
-        self.skip = done and self.kind != self.args.model
+        # a larger --max_steps may ask for more steps. --init_from asks for another autoencoder.
+        another = self.args.init_from and not self.args.resume
+        self.skip = done and self.kind != self.args.model and not another
         if not self.skip and not self.args.resume:
             state = "already trained" if done else "unfinished"
             fail(f"{self.path} is {state} (step {checkpoint['step']:,}): add --resume to go on, "
@@ -478,6 +524,20 @@ class Stage:
             optimizer.load_state_dict(settings | {"state": saved["state"]})
         if checkpoint["scaler"]:                                   # empty, unless it was float16
             self.scaler.load_state_dict(checkpoint["scaler"])
+
+    def take_weights(self, path):
+        """Begin with the weights of an earlier run's checkpoint. An autoencoder is not trained any
+        further, and becomes this run's own."""
+        self.machine.check_same(checksums(path), path)
+        checkpoint = load_checkpoint(path, self.kind)
+        check_tokenizer(checkpoint, self.data)
+        self.model.load_state_dict(checkpoint["model"])
+        if self.kind == "autoencoder":
+            self.skip = True
+            self.config.max_steps = checkpoint["step"]
+            self.first_step = checkpoint["step"] + 1
+            self.tokens_before = checkpoint["tokens"]
+            self.save(checkpoint["step"])
 
     def set_budget(self, total):
         """Set max_steps so that the FLOPs of all stages come as close to `total` as they can."""
@@ -508,8 +568,8 @@ class Stage:
         if metrics:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             self.machine.say(f"{self.kind} step {step}: loss {loss:.4g}, {shown}")
-        self.machine.show(bar.set_postfix,
-                          {"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}"})
+        self.machine.show(bar.set_postfix,   # False: it is shown with the next step
+                          {"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}"}, False)
         if self.machine.is_first:
             append_log(self.log, {
                 "stage": self.kind, "chunk_size": self.args.chunk_size, "step": step, "loss": loss,
@@ -544,11 +604,28 @@ class Stage:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         steps = self.config.max_steps
         flops = self.token_flops * self.tokens_per_step * steps
+        times = self.tokens_at(steps) / len(self.data.train)
         machine = self.machine
         return (f"{self.kind}: {parameters:,} parameters, {steps:,} steps of "
-                f"{self.tokens_per_step:,} tokens, {flops:.2e} FLOPs, on {machine.size} x "
+                f"{self.tokens_per_step:,} tokens (reads the text {times:,.2f} times), "
+                f"{flops:.2e} FLOPs, on {machine.size} x "
                 f"{machine.device.type} in {machine.dtype}"
                 f"{', compiled' if machine.compiles else ''}")
+
+    def say_if_best_before(self):
+        """Say so if the validation loss was lower by over 1 % at an earlier step than at the last:
+        then the model has begun to learn the text by heart."""
+        entries = [entry for entry in read_log(self.log)
+                   if entry["stage"] == self.kind and "val_loss" in entry]
+        if not entries:   # the log of a finished run was moved away
+            return
+        best = min(entries, key=lambda entry: entry["val_loss"])
+        last = entries[-1]
+        if last["val_loss"] - best["val_loss"] > 0.01 * abs(best["val_loss"]):
+            self.machine.say(
+                f"{self.kind}: the validation loss was best at step {best['step']:,} "
+                f"({best['val_loss']:.4g}, in the end {last['val_loss']:.4g}): give it more text, "
+                f"or --{flag('max_steps', self.kind)} {best['step']} and another --out_dir")
 
 
 def train(stage):
@@ -564,14 +641,14 @@ def train(stage):
              f"--{flag('max_steps', stage.kind)} must be at least that")
     machine.say(stage.describe())
     model = torch.compile(stage.model) if machine.compiles else stage.model
-    if machine.size > 1:
+    if machine.size > 1:   # around the compiled model: torch advises this order
         model = DistributedDataParallel(model)
     earlier_seconds = 0.0
     if machine.is_first:
         earlier_seconds = rewind_log(stage.log, stage.kind, stage.first_step - 1)
     started = time.time() - earlier_seconds
     bar = tqdm(total=config.max_steps, initial=stage.first_step - 1, desc=stage.kind, unit="step",
-               disable=not machine.is_first)
+               disable=not machine.is_first, **bar_options())
     machine.listen()   # for Ctrl-C
 
     for step in range(stage.first_step, config.max_steps + 1):
@@ -606,12 +683,14 @@ def train(stage):
         if evaluating or stopping:
             stage.save(step)
         if stopping:
-            machine.say(f"interrupted at step {step}, saved to {stage.path}. Go on with: "
-                        f"python train.py --resume --model {args.model} --data {args.data} "
-                        f"--out_dir {args.out_dir}")
+            command = shlex.join(["python", "train.py", "--resume", "--model", args.model, "--data",
+                                  args.data, "--out_dir", str(args.out_dir)])
+            machine.say(f"interrupted at step {step}, saved to {stage.path}. Go on with: {command}")
             raise SystemExit(130)
 
     machine.show(bar.close)
+    if machine.is_first:
+        stage.say_if_best_before()
     machine.listening = False   # all is saved
     if machine.any_interrupted():   # during the last evaluation
         raise SystemExit(130)
@@ -621,9 +700,7 @@ def train(stage):
 # --- All of it: autoencoder, then CALM or AR, then BrierLM and text ------------------------
 
 
-def train_all(args):
-    machine = Machine(args.device, args.dtype, args.compile)
-    data = open_data(args, machine)
+def train_all(args, data, machine):
     total_flops = args.flops
     if args.match_flops:
         total_flops = load_checkpoint(Path(args.match_flops) / "calm.pt", "calm")["flops"]
@@ -659,6 +736,7 @@ def open_data(args, machine):
         load_data(args.data)
     machine.barrier()
     data = load_data(args.data)
+    machine.check_same(data.meta["fingerprint"], f"the data set {data.folder}")
     args.vocab_size = data.meta["vocab_size"]
     args.data = data.meta["name"]
     for split in ("train", "val"):
@@ -675,16 +753,22 @@ def finish(model, args, data, machine, flops, inference_flops):
         "stage": args.model, "chunk_size": args.chunk_size, "step": args.max_steps, "seconds": 0.0,
         "flops": flops, "inference_flops": inference_flops, "final": True, **result})
     continue_text(model, data, machine.device, machine.dtype, args.seed)
-    print(f"Next:\n  python sample.py --out_dir {args.out_dir} --model {args.model} "
-          "--temperature 0.5")
+    out_dir = shlex.quote(str(args.out_dir))
+    print(f"Next:\n  python sample.py --out_dir {out_dir} --model {args.model} --temperature 0.5")
     if args.model == "calm":   # the baseline at equal cost
-        print(f"  python train.py --model ar --match_flops {args.out_dir} --out_dir {args.out_dir}")
+        print(f"  python train.py --model ar --match_flops {out_dir} --out_dir {out_dir}")
 
 
 def main():
     advice = "lower --batch_size and raise --grad_accum by as much (stage 1: --ae_batch_size, ...)"
     with clean_end(when_memory_is_full=advice):
-        train_all(parse_args(sys.argv[1:]))
+        args = parse_args(sys.argv[1:])
+        machine = Machine(args.device, args.dtype, args.compile)
+        check_shares(args, machine)
+        data = open_data(args, machine)
+        with only_writer(args.out_dir) if machine.is_first else nullcontext():
+            machine.barrier()   # if the first process may not write, all end here
+            train_all(args, data, machine)
 
 
 if __name__ == "__main__":

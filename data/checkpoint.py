@@ -5,12 +5,20 @@ A checkpoint is a dict of tensors and plain values, read with `weights_only=True
 code. The log, log.jsonl, has a JSON object for each logged step and evaluation.
 Nothing here is needed to understand CALM.
 """
+import errno
 import json
 import os
+import re
+import shlex
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+
+try:
+    import fcntl   # Windows has none
+except ImportError:
+    fcntl = None
 
 import torch
 
@@ -22,38 +30,89 @@ DEFAULT_RUN = "out/site-packages" if torch.cuda.is_available() else "out/stdlib"
 FORMAT = 4   # of checkpoints; one with another number, or with none, is of an earlier version
 
 
+# --- The folder of a run, and what is written there -----------------------------------------
+
+
+@contextmanager
+def only_writer(folder):
+    """Around all that a run writes to its folder: fail if another run writes there, too.
+
+    The lock is the operating system's and ends with the process, whatever ends that. Windows and
+    some network folders have no such locks: there nothing is checked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def lock(handle, folder):
+    """Lock an open folder, and remove what a process that was killed left half written in it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing to {folder}: use another --out_dir, or wait until it ends")
+    except OSError:   # no locks here
+        return
+    for path in folder.iterdir():
+        if re.fullmatch(r"\.((autoencoder|calm|ar)\.pt|log\.jsonl)\.\d+\.tmp", path.name):
+            path.unlink()
+
+
+@contextmanager
+def writing(path, checkpoint):
+    """Around what writes `path`. If that fails, one line says how to go on from `checkpoint`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:   # torch calls some OSErrors a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        full = getattr(cause, "errno", None) == errno.ENOSPC
+        what = "disk full" if full else str(cause).splitlines()[0]
+        if checkpoint.exists():
+            advice = "the previous checkpoint is intact: make room, then go on with --resume"
+        else:
+            advice = "nothing was saved: make room, then start again"
+        fail(f"could not write {path} ({what}); {advice}")
+
+
+@contextmanager
+def replacing(path, checkpoint):
+    """The path to write to in place of `path`. It is renamed to that in the end, so that what is at
+    `path` is whole at every moment."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path, checkpoint):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
 # --- Checkpoints ---------------------------------------------------------------------------
 
 
-def temporary(path):
-    """The name to write under before renaming. It has this process in it: others may write too."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
 def save_checkpoint(path, checkpoint):
-    """Write to a temporary file, then rename it: what is at `path` is whole at every moment."""
-    partial = temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            torch.save({"format": FORMAT, **checkpoint}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:   # torch calls a full disk a RuntimeError
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        kept = "the previous checkpoint is intact" if path.exists() else "nothing was saved"
-        what = str(error).splitlines()[0]
-        fail(f"could not save {path} ({what}); {kept}: free some space, then --resume")
+    """Write a checkpoint, in place of the previous one if there is one."""
+    with replacing(path, path) as partial, open(partial, "wb") as file:
+        torch.save({"format": FORMAT, **checkpoint}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path, kind):
     """Read what save_checkpoint wrote -> dict. kind: what it must hold, such as "calm"."""
     path = Path(path)
     if not path.is_file():
-        fail(f"no checkpoint at {path}: `python train.py --model {kind} --out_dir {path.parent}` "
-             "trains one")
+        command = shlex.join(["python", "train.py", "--model", kind, "--out_dir", str(path.parent)])
+        fail(f"no checkpoint at {path}: `{command}` trains one")
     try:
         with zipfile.ZipFile(path) as archive:   # torch.save adds checksums
             damaged = archive.testzip()
@@ -71,6 +130,12 @@ def load_checkpoint(path, kind):
     if found != kind:
         fail(f"{path} holds a model of kind {found!r}, expected {kind!r}")
     return checkpoint
+
+
+def checksums(path):
+    """What tells one checkpoint from another: the checksums in it. None without a whole one."""
+    with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        return [member.CRC for member in archive.infolist()]
 
 
 def check_fits(checkpoint, path, config, data):
@@ -113,8 +178,7 @@ def check_tokenizer(checkpoint, data):
 
 def append_log(path, entry):
     """Add a line to a log.jsonl."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with writing(path, path.with_name(f"{entry['stage']}.pt")), open(path, "a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
@@ -145,8 +209,6 @@ def rewind_log(path, stage, step):
             kept.append(entry)
             seconds = max(seconds, entry["seconds"])
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary(path)
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    partial.replace(path)
+    with replacing(path, path.with_name(f"{stage}.pt")) as partial:
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
     return seconds

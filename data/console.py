@@ -23,6 +23,25 @@ def fail(message):
     raise SystemExit(2)
 
 
+class LogFile:
+    """stderr, where it is no terminal: whatever a progress bar shows becomes a line of its own."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def bar_options():
+    """What tqdm must be given so that in a log file it writes a line a minute, and not thousands
+    of carriage returns."""
+    if sys.stderr.isatty():
+        return {}
+    return {"file": LogFile(), "mininterval": 60, "maxinterval": 60}
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that shows every default, and whose errors are one line."""
 

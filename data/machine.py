@@ -101,7 +101,7 @@ class Machine:
             index = os.environ.get("LOCAL_RANK", self.device.index or 0)
             self.device = select_device(f"cuda:{index}")
             torch.cuda.set_device(self.device)
-        self.size, self.rank = join_processes(self.device)
+        self.size, self.rank, self.patient = join_processes(self.device)
         self.is_first = self.rank == 0   # the one that prints and writes
         self.dtype = select_dtype(dtype, self.device)
         self.interrupted = False         # has this process been asked to end?
@@ -126,9 +126,37 @@ class Machine:
         return value.item() / self.size
 
     def barrier(self):
-        """Wait until every process has come here."""
-        if self.size > 1:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        """Wait until every process has come here, for a day at most: while the first prepares data,
+        or evaluates, the others have nothing to do."""
+        if self.size == 1:
+            return
+        try:
+            dist.barrier(group=self.patient)
+        except RuntimeError:   # one of the others has ended, and has said why
+            raise SystemExit(1)
+
+    def fail(self, message):
+        """End all processes, each of which calls this, over a mistake of the user's: one line."""
+        try:
+            if self.is_first:
+                fail(message)
+        finally:
+            self.barrier()   # no process ends before the line is written
+        raise SystemExit(2)
+
+    def check_same(self, value, what):
+        """End all processes, with one line, unless `value` is the same on each of them.
+
+        value: what tells one thing from another, as plain values; what: the name of the thing.
+        """
+        if self.size == 1:
+            return
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        others = [str(rank) for rank in range(self.size) if values[rank] != values[0]]
+        if others:
+            self.fail(f"{what} of process {', '.join(others)} is not that of the first process: "
+                      "copy that one to every machine")
 
     def say(self, text):
         """Print a line, above the progress bar; the first process does."""
@@ -165,8 +193,13 @@ class Machine:
         return self.mean(self.interrupted) > 0
 
 
+PATIENCE = timedelta(minutes=10)   # how long a process waits for one that hangs, or never comes
+
+
 def join_processes(device):
-    """Meet the processes that torchrun has started, if any -> how many, and which this one is."""
+    """Meet the processes that torchrun has started, if any -> how many, which one this is, and a
+    group of them all whose members wait longer for each other (None: there is only this one)."""
+    patient = None
     try:
         size = int(os.environ.get("WORLD_SIZE", 1))
         rank = int(os.environ.get("RANK", 0))
@@ -174,10 +207,12 @@ def join_processes(device):
             raise ValueError(f"RANK {rank} of {size}")
         if size > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
-            # The others wait while the first prepares the data, which may take hours.
-            dist.init_process_group(backend, timeout=timedelta(days=1))
+            python = signal.signal(signal.SIGINT, signal.SIG_DFL)   # Python would not hear Ctrl-C
+            dist.init_process_group(backend, timeout=PATIENCE)
             atexit.register(dist.destroy_process_group)
+            patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            signal.signal(signal.SIGINT, python)
     except (ValueError, RuntimeError) as error:
         what = " ".join(str(error).split())[:150]
         fail(f"{what}: torchrun sets WORLD_SIZE and RANK, else unset them")
-    return size, rank
+    return size, rank, patient

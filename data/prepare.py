@@ -37,7 +37,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from data.console import Parser, clean_end, fail, remove_leftovers, temporary, within
+from data.console import Parser, bar_options, clean_end, fail, remove_leftovers, temporary, within
 
 DATA_DIR = Path(__file__).resolve().parent
 FILES = ("train.bin", "val.bin", "meta.json")   # a data set: all that preparing it replaces
@@ -360,7 +360,8 @@ def downloaded(name):
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(part, "wb") as out:
             size = int(response.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(out, "write", total=size or None, desc=f"download {name}") as file:
+            with tqdm.wrapattr(out, "write", total=size or None, desc=f"download {name}",
+                                  **bar_options()) as file:
                 shutil.copyfileobj(response, file)
             if size and out.tell() != size:
                 raise OSError(f"got {out.tell()} of {size} bytes")
@@ -454,7 +455,8 @@ def read_all(paths, known):
     """(path, document) of every file, with a progress bar. Blank documents are left out."""
     plain = [p for p in paths if p.is_file() and p.suffix.lower() not in (".gz", ".zip")]
     size = sum(path.stat().st_size for path in plain)
-    with tqdm(total=size or None, unit="B", unit_scale=True, desc="prepare") as bar:
+    with tqdm(total=size or None, unit="B", unit_scale=True, desc="prepare",
+              **bar_options()) as bar:
         for path in paths:
             warned = False
             try:

@@ -83,10 +83,10 @@ def last_line(result):
     return json.loads(result.out.splitlines()[-1])
 
 
-def torchrun(processes, *argv):
-    """train.py on so many gloo processes -> the finished process."""
+def torchrun(processes, *argv, script=ROOT / "train.py"):
+    """train.py, or what imports it, on so many gloo processes -> the finished process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={processes}", str(ROOT / "train.py"), *map(str, argv)]
+               f"--nproc_per_node={processes}", str(script), *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, **ALONE)
 
 

@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 
 import autoencoder as autoencoder_script
+import data.machine
 import data.prepare
 import eval_brier
 import sample
 import train
+from data.checkpoint import only_writer, save_checkpoint
+from data.machine import Machine
 from helpers import (ALONE, FOXES, SHORT, TINY, assert_one_line, assert_same_weights, checkpoint_of)
 
 
@@ -34,6 +38,7 @@ def faulty(trained, tmp_path_factory):
     calm = checkpoint_of(folder / "out", "calm")
     other = {**calm["data"], "tokenizer": "other", "vocabulary": {}}
     checkpoints = {
+        "other/autoencoder": {**ae, "data": other},
         "only_ae/autoencoder": ae,
         "unfinished/autoencoder": {**ae, "done": False, "step": 5},
         "dear/autoencoder": {**ae, "tokens": 10**30},
@@ -69,6 +74,15 @@ BAD = {   # script, flags, folder for --out_dir, what the line must say
     "resume, other size": (train, [*OLD, "--n_embd", "128"], "out", "this run asks for 128"),
     "resume, earlier step": (
         train, [*OLD, "--max_steps", "5"], "out", "at step 40: --max_steps must be at least that"),
+    "weights of nothing": (train, [*NEW, "--init_from", "x"], "new", "no checkpoint at x/calm.pt"),
+    "weights for other tokens": (
+        train, [*NEW, "--init_from", "other"], "new", "was trained with the tokenizer other, and"),
+    "weights beside others": (
+        train, [*NEW, "--init_from", "out"], "only_ae", "already trained (step 40): add --resume"),
+    "weights of another size": (
+        train, [*NEW, "--init_from", "out", "--n_embd", "32"], "new", "out has n_embd 64, this"),
+    "weights of an autoencoder": (
+        train, [*NEW, "--init_from", "out", "--model", "autoencoder"], "new", "drop it, or"),
     "already trained": (train, NEW, "out", "already trained"),
     "unfinished": (train, NEW, "unfinished", "unfinished (step 5)"),
     "other K": (train, [*NEW, "--chunk_size", "8"], "only_ae", "chunk_size 4, this run asks for 8"),
@@ -120,6 +134,46 @@ def test_variables_of_torchrun_set_by_hand_are_one_line(variables, fit, tmp_path
     result = fit(tmp_path / "out", code=2)
     assert_one_line(result, "torchrun sets WORLD_SIZE and RANK")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_waits_in_vain_for_another_ends_with_a_line(monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(data.machine, "PATIENCE", timedelta(seconds=0.1))
+    with pytest.raises(SystemExit, match="2"):
+        Machine("cpu")
+    assert "clients joined" in capsys.readouterr().err
+
+
+def test_processes_with_other_data_or_checkpoints_end_together(trained, run, monkeypatch):
+    """As if there were three, of which the last one differs: each of them ends."""
+    def gather(values, value):
+        values[:] = [value, value, "other"]
+
+    flags = ["--data", trained / "foxes4", "--out_dir", trained / "out", "--resume"]
+    monkeypatch.setattr(data.machine, "join_processes", lambda device: (3, rank, None))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(Machine, "barrier", lambda machine: None)
+    monkeypatch.setattr(train, "check_shares", lambda args, machine: None)
+    message = "foxes4 of process 2 is not that of the first process: copy that one to every machine"
+    for rank in range(3):
+        result = run(train, *flags)
+        if rank == 0:
+            assert_one_line(result, message)
+        assert result.code == 2 and (rank == 0 or not result.err)
+
+
+def test_two_runs_do_not_write_to_one_folder_and_a_killed_one_leaves_nothing(fit, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".calm.pt.4711.tmp", ".log.jsonl.4711.tmp", ".notes.pt.4711.tmp"):
+        (out / name).write_text("half")
+    with only_writer(out):
+        assert_one_line(fit(out, code=2), f"another run is writing to {out}: use another")
+    assert [path.name for path in out.iterdir()] == [".notes.pt.4711.tmp"]
+    with only_writer(out):   # once more: the lock ends with its holder
+        pass
 
 
 # --- Damaged files -------------------------------------------------------------------------
@@ -212,7 +266,7 @@ def test_a_checkpoint_cannot_run_code_or_choose_where_a_run_writes(copied, tmp_p
 
 
 # --- A full disk, a full memory, numbers that are none -------------------------------------
-def test_a_full_disk_leaves_the_old_checkpoint(copied, run, monkeypatch):
+def test_a_full_disk_leaves_the_old_checkpoint(copied, run, monkeypatch, capsys):
     flags, out, _ = copied
     before = (out / "ar.pt").read_bytes()
 
@@ -221,8 +275,12 @@ def test_a_full_disk_leaves_the_old_checkpoint(copied, run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert_one_line(run(train, *flags), "No space left on device); the previous checkpoint is int")
+    advice = "the previous checkpoint is intact: make room, then go on with --resume"
+    assert_one_line(run(train, *flags), f"could not write {out / 'ar.pt'} (disk full); {advice}")
     assert (out / "ar.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
+    with pytest.raises(SystemExit, match="2"):
+        save_checkpoint(out / "calm2.pt", {})
+    assert "nothing was saved: make room, then start again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("message, line", [
@@ -314,7 +372,8 @@ def test_a_dead_process_ends_the_run_and_another_number_goes_on(foxes, data_dir,
     group = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          "train.py", *SHORT, "--data", data_dir / foxes, "--model", "ar", "--out_dir", out,
-         "--max_steps", "100000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **ALONE)
+         "--max_steps", "100000", "--grad_accum", "2"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **ALONE)
     try:
         while not (out / "ar.pt").exists():
             assert group.poll() is None

@@ -2,6 +2,7 @@
 import itertools
 import math
 import os
+import shlex
 import shutil
 import signal
 from types import SimpleNamespace
@@ -11,12 +12,14 @@ import torch
 
 import autoencoder as autoencoder_script
 import bench
+import data.prepare
 import eval_brier
 import sample
 import train
+from data.checkpoint import append_log
 from data.machine import Machine
 from data.prepare import load_data
-from helpers import (TINY, assert_one_line, assert_same_weights, checkpoint_of,
+from helpers import (FOXES, TINY, assert_one_line, assert_same_weights, checkpoint_of,
                      last_line, log_of, losses, torchrun)
 
 
@@ -33,7 +36,7 @@ def test_the_whole_road_learns_a_repeating_text(fit, tmp_path, run):
     for model in ("calm", "ar"):
         flags = ["--out_dir", out, "--model", model, "--device", "cpu"]
         score = last_line(run(eval_brier, *flags, "--json", "--windows", 16))
-        assert score["brierlm"] > 90 and 0 <= score["stderr"] < 5
+        assert score["brierlm"] > 90 and score["documents"] == 1
         result = run(sample, *flags, "--start", "the quick brown fox", "--temperature", 0.5,
                      "--max_new_tokens", 40)
         assert "the quick brown fox jumps over the lazy dog. the quick" in result.out
@@ -60,6 +63,17 @@ def test_muon_auxiliary_loss_accumulation_and_bfloat16_train(fit, tmp_path):
     fit(tmp_path, "--optimizer", "muon", "--aux_weight", 0.5, "--grad_accum", 2, "--batch_size", 2,
         "--dtype", "bfloat16")
     assert losses(tmp_path, "calm")[15] < losses(tmp_path, "calm")[1]
+
+
+def test_a_stage_that_was_better_before_its_end_says_when(tmp_path):
+    said = []
+    stage = SimpleNamespace(kind="autoencoder", log=tmp_path / "log.jsonl",
+                            machine=SimpleNamespace(say=said.append))
+    for step, loss in ((500, 2.0), (1000, 2.019), (1500, 2.03)):
+        append_log(stage.log, {"stage": stage.kind, "step": step, "seconds": 1, "val_loss": loss})
+        train.Stage.say_if_best_before(stage)
+    assert len(said) == 1 and "best at step 500 (2, in the end 2.03)" in said[0]
+    assert "or --ae_max_steps 500 and another --out_dir" in said[0]
 
 
 def test_the_rate_rises_for_the_warm_up_and_falls_to_zero_at_the_end(fit, tmp_path):
@@ -131,15 +145,20 @@ def interrupt_step_7(monkeypatch, stage, number):
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage, model, number, fit,
                                                                  tmp_path):
     whole = tmp_path / "whole"
-    broken = tmp_path / "broken"
+    broken = tmp_path / "broken in two"
     flags = ["--model", model, "--optimizer", "muon"]
-    fit(whole, *flags)
+    result = fit(whole, *flags)
+    times = 0.22 if stage == "autoencoder" else 0.11
+    assert f"{stage}: " in result.out and f"(reads the text {times} times)" in result.out
+    assert f"\n{stage}: 100%" in f"\n{result.err}"   # lines: stderr is no terminal here
     with pytest.MonkeyPatch.context() as patch:
         interrupt_step_7(patch, stage, number)
         result = fit(broken, *flags, code=130)
-    assert "interrupted at step 7" in result.out and "--resume" in result.out
+    assert "interrupted at step 7" in result.out
+    command = result.out.split("Go on with: ")[1].splitlines()[0]
+    assert {"train.py", "--resume", str(broken)} <= set(shlex.split(command))
     assert checkpoint_of(broken, stage)["step"] == 7
-    fit(broken, "--resume", "--model", model, "--device", "cpu")
+    fit(broken, *shlex.split(command)[2:], "--device", "cpu")
     assert_same_weights(whole, broken, model)
     assert losses(whole, stage).items() <= losses(broken, stage).items()
 
@@ -180,26 +199,38 @@ def test_a_run_goes_on_in_another_precision(first, second, fit, tmp_path):
 # --- Several processes ---------------------------------------------------------------------
 def test_two_processes_go_the_whole_road_from_an_empty_folder(foxes, data_dir, tmp_path):
     done = torchrun(2, "--data", data_dir / foxes, "--out_dir", tmp_path, *TINY,
-                    "--ae_max_steps", 4, "--max_steps", 4)
+                    "--ae_max_steps", 4, "--max_steps", 4, "--ae_grad_accum", 2, "--grad_accum", 2)
     assert done.returncode == 0 and "BrierLM" in done.stdout, done.stderr
     for kind in ("autoencoder", "calm"):
         assert checkpoint_of(tmp_path, kind)["done"] and checkpoint_of(tmp_path, kind)["step"] == 4
 
 
-@pytest.mark.parametrize("model", ["calm", "ar"])
-def test_two_processes_make_the_steps_of_one(model, fit, foxes, data_dir, tmp_path):
+COMPILED = """import functools, sys, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")   # Inductor takes a minute
+sys.path.insert(0, ".")
+import train
+train.main()
+"""
+
+
+@pytest.mark.parametrize("model, compiled", [("calm", "off"), ("ar", "on")])
+def test_two_processes_make_the_steps_of_one(model, compiled, fit, foxes, data_dir, tmp_path):
     """One process with two micro-batches a step, or two with one each. AR draws no noise: there it
-    is the same as twice the batch. From a checkpoint on: AdamW's very first steps have the full
-    size whatever the gradient, which is then partly rounding."""
+    is the same as twice the batch, and compiled. From a checkpoint on: AdamW's very first steps
+    have the full size whatever the gradient, which is then partly rounding."""
     one = tmp_path / "one"
     two = tmp_path / "two"
-    fit(one, "--optimizer", "adamw", "--model", model)
+    fit(one, "--optimizer", "adamw", "--model", model, "--n_layer", 1)
     shutil.copytree(one, two)
     flags = ["--resume", "--model", model, "--max_steps", 21, "--device", "cpu"]
-    twice = ["--grad_accum", 2] if model == "calm" else ["--batch_size", 8]
-    fit(one, *flags, *twice)
-    done = torchrun(2, *flags, "--data", data_dir / foxes, "--out_dir", two)
+    shared = ["--grad_accum", 2, "--ae_grad_accum", 2]
+    fit(one, *flags, *(shared if model == "calm" else ["--batch_size", 8]))
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED)
+    done = torchrun(2, *flags, *shared, "--data", data_dir / foxes, "--out_dir", two,
+                    "--compile", compiled, script=script)
     assert done.returncode == 0, done.stderr
+    assert (", compiled" in done.stdout) == (compiled == "on"), done.stdout
     assert_same_weights(one, two, model, rtol=1e-3, atol=1e-5)
     assert losses(one, model) == pytest.approx(losses(two, model), rel=1e-4)
 
@@ -218,6 +249,44 @@ def test_every_micro_batch_has_noise_of_its_own(trained):
     drawn = sum((noise(*each) for each in numbers), [])
     assert len({tuple(x) for x in drawn}) == 27 * 3
     assert sum((noise(*each) for each in numbers), []) == drawn
+
+
+@pytest.mark.parametrize("flags, processes, advice", [
+    (["--preset", "mini"], 8, "start 1, or --ae_grad_accum 8 --ae_batch_size 1 --grad_accum 8 "
+                              "--batch_size 4"),
+    (["--preset", "mini", "--model", "ar"], 3, "start 1 or 2"),
+    (["--preset", "M"], 8, None)])
+def test_a_batch_that_cannot_be_shared_equally_is_refused_with_what_works(
+        flags, processes, advice, monkeypatch, capsys):
+    args = train.parse_args(flags)
+    machine = Machine("cpu")
+    machine.size = processes
+    monkeypatch.setattr(Machine, "barrier", lambda machine: None)
+    if advice is None:
+        train.check_shares(args, machine)
+        return
+    with pytest.raises(SystemExit, match="2"):
+        train.check_shares(args, machine)
+    assert capsys.readouterr().err.endswith(f"equally: {advice}\n")
+    if "--" in advice:
+        train.check_shares(train.parse_args([*flags, *advice.split(", or ")[1].split()]), machine)
+
+
+# --- Fine-tuning ---------------------------------------------------------------------------
+def test_a_run_begins_with_the_weights_of_another_on_other_text(trained, fit, data_dir, tmp_path):
+    """At a rate near 0 they stay what they are, and so does the loss. It resumes like any run."""
+    (tmp_path / "again.txt").write_text(FOXES[:20000])
+    data.prepare.prepare([tmp_path / "again.txt"], out_root=data_dir)
+    old = trained / "out"
+    new = tmp_path / "new"
+    flags = ["--data", "again", "--device", "cpu", "--log_interval", 1]
+    fit(new, *flags, "--init_from", old, "--max_steps", 1, "--lr", 1e-12, "--muon_lr", 1e-12)
+    assert_same_weights(old, new, "calm", atol=1e-6)
+    assert_same_weights(old, new, "autoencoder")
+    assert losses(new, "calm")[1] == pytest.approx(losses(old, "calm")[40], rel=0.2)
+    fit(new, *flags, "--resume", "--max_steps", 2)
+    assert checkpoint_of(new, "autoencoder")["data"]["name"] == "again"
+    assert losses(new, "calm").keys() == {1, 2}
 
 
 # --- Muon, compiling -----------------------------------------------------------------------
