@@ -369,8 +369,7 @@ class CALM(nn.Module):
         at_once = max(1, 2**14 * h.shape[-1] // h.numel())         # at most 2^14 vectors
         z = [self.head.sample(h, min(at_once, n - done)) for done in range(0, n, at_once)]
         z = torch.cat(z)                                           # (n, ..., L)
-        logits_at_once = 2**27 if z.is_cuda else 2**23             # 32 MB: a CPU's cache
-        rows = max(1, logits_at_once // (self.chunk_size * self.config.vocab_size))
+        rows = max(1, 2**26 // (self.chunk_size * self.config.vocab_size))    # 2^26 logits
         tokens = [self.autoencoder.decode(part).max(-1).indices    # on a CPU faster than argmax
                   for part in z.flatten(0, -2).split(rows)]
         return torch.cat(tokens).view(*z.shape[:-1], self.chunk_size)

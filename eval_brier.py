@@ -149,8 +149,8 @@ def ngram_stride(K):
 @dataclass
 class Scores:
     """Sums over the n-grams, n = 1..4, that begin in each of D documents."""
-    hit: np.ndarray          # of E[1[a = y]], (D, 4)
-    collision: np.ndarray    # of E[1[a = b]], (D, 4)
+    hits: np.ndarray         # of E[1[a = y]], (D, 4)
+    collisions: np.ndarray   # of E[1[a = b]], (D, 4)
     count: np.ndarray        # number of n-grams, (D,)
     stride: int              # from one n-gram's start to the next, in tokens
     context: int             # tokens in a window
@@ -164,18 +164,32 @@ class Scores:
         """
         weights = weights * np.ones(len(self.count))
         total = (weights @ self.count)[..., None]
-        return (weights @ self.hit) / total, (weights @ self.collision) / total
+        return (weights @ self.hits) / total, (weights @ self.collisions) / total
 
     def brierlm(self, weights=1.0):
         """BrierLM (...), with documents weighted as in `means`."""
         hit, collision = self.means(weights)
         return brierlm(2 * hit - collision)
 
-    def bootstrap(self, seed=0):
-        """Weights (1000, D) of 1000 data sets of D documents, drawn from these with repetition. The
-        spread of a number over them is the error that it owes to the choice of documents."""
+    def accuracy(self, weights=1.0):
+        """How often a sample is right (...): the geometric mean over n."""
+        return brierlm(self.means(weights)[0]) / 100
+
+    def collision(self, weights=1.0):
+        """How often two samples are equal (...): the geometric mean over n."""
+        return brierlm(self.means(weights)[1]) / 100
+
+    def error(self, number):
+        """The standard error of number(weights), such as of `brierlm`: what it owes to the choice
+        of the documents. Of a single document that is not known: None.
+
+        It is a bootstrap: 1000 times, D documents are drawn from these with repetition.
+        """
         D = len(self.count)
-        return np.random.default_rng(seed).multinomial(D, np.full(D, 1 / D), size=1000)
+        if D == 1:
+            return None
+        weights = np.random.default_rng(0).multinomial(D, np.full(D, 1 / D), size=1000)
+        return float(number(weights).std())
 
 
 @torch.inference_mode()
@@ -219,14 +233,19 @@ def score_documents(model, data, device, dtype, windows=375, stride=None, contex
 def summary(scores):
     """Scores -> dict of results; its errors are over documents."""
     hit, collision = scores.means()
-    error = None   # of one document it cannot be told
-    if len(scores.count) > 1:
-        error = float(scores.brierlm(scores.bootstrap()).std())
-    return {"brier": (2 * hit - collision).tolist(), "brierlm": float(scores.brierlm()),
-            "stderr": error, "accuracy": hit.tolist(), "collision": collision.tolist(),
-            "documents": len(scores.count), "positions": int(scores.count.sum()),
-            "samples": scores.samples, "context": scores.context, "stride": scores.stride,
-            "val_repeats_train": scores.seen}
+    return {
+        "brier": (2 * hit - collision).tolist(),
+        "brierlm": float(scores.brierlm()),
+        "stderr": scores.error(scores.brierlm),
+        "accuracy": hit.tolist(),
+        "collision": collision.tolist(),
+        "documents": len(scores.count),
+        "positions": int(scores.count.sum()),
+        "samples": scores.samples,
+        "context": scores.context,
+        "stride": scores.stride,
+        "val_repeats_train": scores.seen,
+    }
 
 
 def evaluate(*args, **kwargs):
@@ -237,11 +256,16 @@ def evaluate(*args, **kwargs):
 def describe(result):
     """What `evaluate` found, as a line."""
     ngrams = [f"Brier-{n} {100 * brier:.2f}" for n, brier in enumerate(result["brier"], 1)]
-    error = "?" if result["stderr"] is None else f"{result['stderr']:.2f}"
-    return (f"BrierLM {result['brierlm']:.2f} +- {error} ({', '.join(ngrams)}; "
+    score = with_error(result["brierlm"], result["stderr"], 2)
+    return (f"BrierLM {score} ({', '.join(ngrams)}; "
             f"{result['positions']:,} positions in {result['documents']} documents, "
             f"{result['stride']} tokens apart, in windows of {result['context']})"
             f"{', on the text of training' if result['val_repeats_train'] else ''}")
+
+
+def with_error(value, error, digits):
+    """A number and its standard error, as text."""
+    return f"{value:.{digits}f} +- {'?' if error is None else f'{error:.{digits}f}'}"
 
 
 def difference(scores, other):
@@ -250,15 +274,16 @@ def difference(scores, other):
     Some documents are harder than others, for both models. The error is that of the difference,
     with the same documents drawn for both, and leaves this out.
     """
-    weights = scores.bootstrap()
-    drawn = scores.brierlm(weights)
-    other_drawn = other.brierlm(weights)
-    ratio = drawn / other_drawn.clip(1e-9)
+
+    def minus(weights=1.0):
+        return scores.brierlm(weights) - other.brierlm(weights)
+
+    def ratio(weights=1.0):
+        return scores.brierlm(weights) / other.brierlm(weights).clip(1e-9)
+
     return {"brierlm": float(other.brierlm()),
-            "difference": float(scores.brierlm() - other.brierlm()),
-            "difference_stderr": float((drawn - other_drawn).std()),
-            "ratio": float(scores.brierlm() / other.brierlm().clip(1e-9)),
-            "ratio_stderr": float(ratio.std())}
+            "difference": float(minus()), "difference_stderr": scores.error(minus),
+            "ratio": float(ratio()), "ratio_stderr": scores.error(ratio)}
 
 
 # --- Beside the score: what BrierLM cannot see ---------------------------------------------
@@ -342,7 +367,7 @@ def frontier(args, model, measure):
     autoencoder_config = None if isinstance(model, AR) else model.autoencoder.config
     flops = flops_per_token(model.config, autoencoder_config)
     print("temperature  candidates: at most  drawn          accuracy         collision"
-          "         BrierLM  FLOPs/token")
+          "           BrierLM  FLOPs/token")
     for N in args.candidates or [200]:
         for T in args.temperatures or (1, 0.8, 0.65, 0.5, 0.33):
             if N < 1 / T:
@@ -352,18 +377,15 @@ def frontier(args, model, measure):
             scores = measure(temperature=T, num_candidates=N, calls=calls)
             drawn = torch.cat(calls).double().mean().item() if calls else 1.0
             cost = flops["inference"] + (drawn - 1) * flops.get("candidate", 0.0)
-            weights = scores.bootstrap()
             row = {"temperature": T, "num_candidates": N, "candidates_drawn": drawn,
                    "flops_per_token": cost}
-            for i, name in enumerate(("accuracy", "collision")):
-                row[name] = float(brierlm(scores.means()[i])) / 100
-                row[f"{name}_stderr"] = float(brierlm(scores.means(weights)[i]).std()) / 100
-            row["brierlm"] = float(scores.brierlm())
-            row["stderr"] = float(scores.brierlm(weights).std())
-            print(f"{T:11.2f}  {N:19}  {drawn:5.1f}"
-                  f"  {row['accuracy']:.4f} +- {row['accuracy_stderr']:.4f}"
-                  f"  {row['collision']:.4f} +- {row['collision_stderr']:.4f}"
-                  f"  {row['brierlm']:5.2f} +- {row['stderr']:.2f}  {cost:11.2e}")
+            columns = ""
+            for name, digits in (("accuracy", 4), ("collision", 4), ("brierlm", 2)):
+                number = getattr(scores, name)
+                row[name] = float(number())
+                row[f"{name}_stderr"] = scores.error(number)
+                columns += f"  {with_error(row[name], row[f'{name}_stderr'], digits):>16}"
+            print(f"{T:11.2f}  {N:19}  {drawn:5.1f}{columns}  {cost:11.2e}")
             if args.json:
                 print(json.dumps(row))
 
@@ -422,9 +444,9 @@ def load_other(run, kind, data, device, dtype):
 
 
 def report_difference(name, result):
-    print(f"{name} has {result['brierlm']:.2f}: a difference of {result['difference']:+.2f} +- "
-          f"{result['difference_stderr']:.2f}, a ratio of {result['ratio']:.3f} +- "
-          f"{result['ratio_stderr']:.3f}")
+    minus = with_error(result["difference"], result["difference_stderr"], 2)
+    ratio = with_error(result["ratio"], result["ratio_stderr"], 3)
+    print(f"{name} has {result['brierlm']:.2f}: a difference of {minus}, a ratio of {ratio}")
 
 
 def report_text(args, model, data, device, dtype):
@@ -440,7 +462,9 @@ def report_text(args, model, data, device, dtype):
     if args.judge or (not args.official and Path(run, "ar.pt").is_file()):
         judge, _ = load_other(run, "ar", data, device, dtype)
     title = f"{'text':19}  distinct-4"
-    print(f"{title}  bits per token, read by the AR in {run}" if judge else title)
+    if judge:
+        title += f"  bits per token, read by the AR in {run}"
+    print(title)
     texts = compare_texts(model, judge, data, device, dtype, seed=args.seed)
     for name, (share, bits) in texts.items():
         found["distinct"][name] = share
@@ -468,6 +492,9 @@ def main():
         else:
             check_tokenizer(checkpoint, data)
             stride = stride or checkpoint["settings"]["stride"]    # the baseline's is CALM's
+            if not args.data and data.meta["fingerprint"] != checkpoint["data"]["fingerprint"]:
+                fail(f"{data.folder} has changed since the model was trained, and what is held out "
+                     f"may have been trained on: --data {data.meta['name']} scores it all the same")
         if args.against:
             other, other_checkpoint = load_other(args.against, args.model, data, device, dtype)
             stride, context = common_grid(model, other, stride, other_checkpoint, context)

@@ -134,7 +134,7 @@ def test_an_error_is_over_documents_more_of_the_same_does_not_make_it_smaller(sc
 
 def test_of_one_document_the_error_is_unknown(score_repetitions):
     scores = score_repetitions(5)
-    one = dataclasses.replace(scores, hit=scores.hit[:1], collision=scores.collision[:1],
+    one = dataclasses.replace(scores, hits=scores.hits[:1], collisions=scores.collisions[:1],
                               count=scores.count[:1])
     result = summary(one)
     assert result["stderr"] is None and "+- ?" in describe(result)
@@ -210,6 +210,10 @@ def test_the_frontier_falls_from_accuracy_and_collision_at_one(model, trained, r
     cold = [point["collision"] for point in points if point["temperature"] == 0.5]
     assert len(warm) == 2 and len(cold) == 1
     assert cold[0] > max(warm) and min(warm) > 0
+    for point in points:   # what a temperature costs
+        assert 1 <= point["candidates_drawn"] <= point["num_candidates"]
+    costs = [point["flops_per_token"] for point in points]
+    assert costs[-1] > costs[0] if model == "calm" else costs[-1] == costs[0]
 
 
 def test_a_score_says_what_it_was_measured_on(trained, run):
