@@ -275,6 +275,8 @@ def difference(scores, other):
     with the same documents drawn for both, and leaves this out.
     """
 
+    assert (scores.count == other.count).all()                     # the same n-grams
+
     def minus(weights=1.0):
         return scores.brierlm(weights) - other.brierlm(weights)
 

@@ -123,7 +123,7 @@ def temperature_batch(samples, temperature):
     log_C = log_C.masked_fill(c < s.floor(), -math.inf)
     log_weight = log_C - c.log()                                   # shared by a chunk's c copies
     pick = torch.multinomial(log_weight.softmax(0).T, 1).squeeze(1)    # (batch,)
-    return samples[pick, torch.arange(samples.shape[1], device=samples.device)]
+    return samples[pick, torch.arange(samples.shape[1])]
 
 
 def counts(samples):
