@@ -15,6 +15,7 @@ Shapes: S samples, P positions, B windows of W tokens, K tokens in a chunk, D wi
 """
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from data.console import Parser, bar_options, clean_end, fail, within
 from data.figure import plot
 from data.machine import autocast, seed_noise
 from data.prepare import load_data
-from sample import add_model_flags, check_vocabulary, draw, generate, load, load_model
+from sample import (add_model_flags, algorithm_2, check_vocabulary, draw, generate, load,
+                    load_model)
 
 
 # --- The score -----------------------------------------------------------------------------
@@ -281,11 +283,13 @@ def difference(scores, other):
         return scores.brierlm(weights) - other.brierlm(weights)
 
     def ratio(weights=1.0):
-        return scores.brierlm(weights) / other.brierlm(weights).clip(1e-9)
+        return scores.brierlm(weights) / other.brierlm(weights)
 
-    return {"brierlm": float(other.brierlm()),
-            "difference": float(minus()), "difference_stderr": scores.error(minus),
-            "ratio": float(ratio()), "ratio_stderr": scores.error(ratio)}
+    found = {"brierlm": float(other.brierlm()),
+             "difference": float(minus()), "difference_stderr": scores.error(minus)}
+    if other.brierlm() > 0.5:   # a ratio to less says nothing, and its error less than that
+        found |= {"ratio": float(ratio()), "ratio_stderr": scores.error(ratio)}
+    return found
 
 
 # --- Beside the score: what BrierLM cannot see ---------------------------------------------
@@ -307,17 +311,20 @@ def bits_per_token(judge, texts, begin):
     return torch.cat(bits).mean().item() / math.log(2)
 
 
+def text_length(K, context):
+    """How long the texts are that are compared, their beginning included, in tokens."""
+    return min(max(320, 5 * K), context)
+
+
 @torch.inference_mode()
-def compare_texts(model, judge, data, device, dtype, texts=64, seed=0):
+def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0):
     """Held-out beginnings, as they go on in truth and as the models continue them at T = 1 and 1/2
     -> {whose text: (distinct-4, bits per token)}
 
-    judge: an AR that reads all of them, and writes, too; None: no bits.
+    judge: an AR that reads all of them, and writes, too; None: no bits. context: the most tokens.
     """
     K = model.chunk_size
-    length = min(max(320, 5 * K), model.config.block_size * K)
-    if judge is not None:
-        length = min(length, judge.config.block_size)
+    length = text_length(K, context)
     windows = data.batch("val", data.even_offsets("val", texts, length), length).to(device)
     begin = max(length // 5 // K, 1) * K
     written = {"real": windows}
@@ -345,10 +352,9 @@ def distances_to_means(autoencoder, z):
 
 
 @torch.inference_mode()
-def off_manifold(model, data, device, dtype, windows=32, seed=0):
+def off_manifold(model, data, device, dtype, context, windows=32, seed=0):
     """Does the head oversmooth, that is, draw vectors between the chunks? The medians of
     `distances_to_means` over its samples at held-out positions -> two numbers."""
-    context = model.config.block_size * model.chunk_size
     tokens = data.batch("val", data.even_offsets("val", windows, context), context).to(device)
     seed_noise(seed)
     with autocast(device, dtype):
@@ -364,19 +370,20 @@ def frontier(args, model, measure):
     """Print accuracy and collision rate (figures 10 and 11), geometric means over n = 1..4, of
     each limit of candidates and each temperature, with errors over documents.
 
-    measure(temperature, num_candidates, calls): score_documents.
+    measure(temperature, sampler, calls): score_documents.
     """
     autoencoder_config = None if isinstance(model, AR) else model.autoencoder.config
     flops = flops_per_token(model.config, autoencoder_config)
     print("temperature  candidates: at most  drawn          accuracy         collision"
           "           BrierLM  FLOPs/token")
-    for N in args.candidates or [200]:
+    limits = args.candidates or [200]
+    for N in limits if args.model == "calm" else [1]:   # AR needs no candidates
         for T in args.temperatures or (1, 0.8, 0.65, 0.5, 0.33):
-            if N < 1 / T:
-                print(f"{T:11.2f}  {N:19}  too few candidates: at least 1/T")
+            if N < 1 / T and args.model == "calm":
+                print(f"{T:11.3g}  {N:19}  too few candidates: at least 1/T")
                 continue
             calls = []
-            scores = measure(temperature=T, num_candidates=N, calls=calls)
+            scores = measure(temperature=T, sampler=algorithm_2(N, args.sampler), calls=calls)
             drawn = torch.cat(calls).double().mean().item() if calls else 1.0
             cost = flops["inference"] + (drawn - 1) * flops.get("candidate", 0.0)
             row = {"temperature": T, "num_candidates": N, "candidates_drawn": drawn,
@@ -387,7 +394,7 @@ def frontier(args, model, measure):
                 row[name] = float(number())
                 row[f"{name}_stderr"] = scores.error(number)
                 columns += f"  {with_error(row[name], row[f'{name}_stderr'], digits):>16}"
-            print(f"{T:11.2f}  {N:19}  {drawn:5.1f}{columns}  {cost:11.2e}")
+            print(f"{T:11.3g}  {N:19}  {drawn:5.1f}{columns}  {cost:11.2e}")
             if args.json:
                 print(json.dumps(row))
 
@@ -413,6 +420,8 @@ def parse_args():
     add("--temperatures", type=within(1e-6, 1, float), nargs="+",
         help="for --frontier; None: 1 to 0.33")
     add("--candidates", type=within(1, 1 << 20), nargs="+", help="for --frontier; None: 200")
+    add("--sampler", default="as_needed", choices=("as_needed", "batch"),
+        help="for --frontier: at most so many candidates, or all of them, as in the paper")
     add("--plot", nargs="+", metavar=("SVG", "RUN"),
         help="draw logs of runs, or of folders of runs")
     add("--x", default="flops", choices=("flops", "inference_flops"),
@@ -420,8 +429,10 @@ def parse_args():
     add("--json", action="store_true",
         help="end with one JSON object on a line; with --frontier one per row")
     args = parser.parse_args()
-    if args.official and args.judge:
-        fail("--judge reads the text of a run's model: drop --official")
+    if args.judge is not None and (args.official or args.frontier):
+        fail("--judge reads the text of a run's model: drop --official and --frontier")
+    if args.against is not None and args.frontier:
+        fail("--against compares at T = 1: drop --frontier")
     if (args.temperatures or args.candidates) and not args.frontier:
         fail("--temperatures and --candidates are for --frontier: add it")
     if args.official and not args.data and not args.plot:
@@ -442,32 +453,50 @@ def load_other(run, kind, data, device, dtype):
         fail(f"expected a run's folder, its calm.pt or its ar.pt, not {run / kind}.pt")
     model, checkpoint = load_model(run, kind, device, dtype)
     check_tokenizer(checkpoint, data)
+    if checkpoint["data"]["fingerprint"] != data.meta["fingerprint"]:
+        print(f"warning: {run} was trained on other data: it may have seen what is held out here",
+              file=sys.stderr)
     return model, checkpoint
+
+
+def load_judge(args, data, device, dtype, length):
+    """The AR of --judge or, if there is one, that beside the model -> model or None.
+
+    length: of the texts that it must be able to read, in tokens.
+    """
+    run = args.judge
+    if run is None and not args.official and Path(args.out_dir, "ar.pt").is_file():
+        run = args.out_dir
+    if run is None:
+        return None
+    judge, _ = load_other(run, "ar", data, device, dtype)
+    if not isinstance(judge, AR) or judge.config.block_size < length:
+        fail(f"{run} cannot judge: expected an ar.pt that reads {length} tokens; "
+             "name one by --judge, or lower --context")
+    return judge
 
 
 def report_difference(name, result):
     minus = with_error(result["difference"], result["difference_stderr"], 2)
-    ratio = with_error(result["ratio"], result["ratio_stderr"], 3)
-    print(f"{name} has {result['brierlm']:.2f}: a difference of {minus}, a ratio of {ratio}")
+    line = f"{name} has {result['brierlm']:.2f}: a difference of {minus}"
+    if "ratio" in result:
+        line += f", a ratio of {with_error(result['ratio'], result['ratio_stderr'], 3)}"
+    print(line)
 
 
-def report_text(args, model, data, device, dtype):
+def report_text(args, model, judge, data, device, dtype, context):
     """Print how the model's text reads -> dict of these figures."""
     found = {"bits": {}, "distinct": {}}
     if args.model == "calm":
-        far, usual = off_manifold(model, data, device, dtype, seed=args.seed)
+        far, usual = off_manifold(model, data, device, dtype, context, seed=args.seed)
         found["off_manifold"] = far / usual
         print(f"off the manifold: {far / usual:.1f} times as far from the mean of its chunk as a "
               f"sample of the posterior ({far:.2f}, {usual:.2f})")
-    judge = None
-    run = args.judge or args.out_dir
-    if args.judge or (not args.official and Path(run, "ar.pt").is_file()):
-        judge, _ = load_other(run, "ar", data, device, dtype)
     title = f"{'text':19}  distinct-4"
     if judge:
-        title += f"  bits per token, read by the AR in {run}"
+        title += f"  bits per token, read by the AR in {args.judge or args.out_dir}"
     print(title)
-    texts = compare_texts(model, judge, data, device, dtype, seed=args.seed)
+    texts = compare_texts(model, judge, data, device, dtype, context, seed=args.seed)
     for name, (share, bits) in texts.items():
         found["distinct"][name] = share
         line = f"{name:19}  {share:10.4f}"
@@ -497,9 +526,15 @@ def main():
             if not args.data and data.meta["fingerprint"] != checkpoint["data"]["fingerprint"]:
                 fail(f"{data.folder} has changed since the model was trained, and what is held out "
                      f"may have been trained on: --data {data.meta['name']} scores it all the same")
-        if args.against:
+        if args.against is not None:
             other, other_checkpoint = load_other(args.against, args.model, data, device, dtype)
             stride, context = common_grid(model, other, stride, other_checkpoint, context)
+        longest = model.config.block_size * model.chunk_size
+        context = context or longest
+        judge = None
+        if not args.frontier:
+            length = text_length(model.chunk_size, min(context, longest))
+            judge = load_judge(args, data, device, dtype, length)
 
         def measure(model=model, **sampling):
             windows = args.windows or (32 if args.frontier else 375)
@@ -515,10 +550,10 @@ def main():
         for name in ("accuracy", "collision"):
             numbers = "  ".join(f"{value:.4f}" for value in result.pop(name))
             print(f"{name:9} of 1 .. 4 tokens  {numbers}")
-        if args.against:
+        if args.against is not None:
             result["against"] = difference(scores, measure(other))
             report_difference(args.against, result["against"])
-        result |= report_text(args, model, data, device, dtype)
+        result |= report_text(args, model, judge, data, device, dtype, context)
         if args.json:
             print(json.dumps({**result, "step": checkpoint["step"] if checkpoint else None}))
 
@@ -528,6 +563,8 @@ def common_grid(model, other, stride, other_checkpoint, context):
     stride = math.lcm(stride or ngram_stride(model.chunk_size),
                       other_checkpoint["settings"]["stride"])
     longest = min(m.config.block_size * m.chunk_size for m in (model, other))
+    if longest < 2 * stride:
+        fail(f"the models cannot be compared: one reads {longest} tokens, expected {2 * stride}")
     return stride, context or longest // stride * stride
 
 

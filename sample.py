@@ -138,16 +138,20 @@ def counts(samples):
     return (end - begin).T
 
 
-def temperature_as_needed(draw, batch, temperature, num_candidates=200):
+def temperature_as_needed(draw, batch, temperature, num_candidates=200, first=8):
     """Algorithm 2 with no more candidates than a row needs (ours).
 
-    8, 16, 32, ... candidates are drawn until some chunk has come 1/T times, rounded up, or there
-    are num_candidates. Algorithm 2 picks from those. An easy chunk takes few.
+    `first`, twice, four times, ... as many candidates are drawn until some chunk has come 1/T
+    times, rounded up, or there are num_candidates. Algorithm 2 picks from those. An easy chunk
+    takes few. The price is a bias that more candidates do not cure: it is warmer than T says.
+    With first = num_candidates this is Algorithm 2 as it stands.
     draw(m, rows) -> m samples for each of these rows (m, len(rows), K)
     -> tokens (batch, K), samples that each row took (batch,)
     """
+    if num_candidates < 1 / temperature:
+        raise ValueError(f"num_candidates {num_candidates} is below 1/T = {1 / temperature:.4g}")
     rows = torch.arange(batch)                                     # that draw on
-    samples = draw(min(8, num_candidates), rows)                   # (N, len(rows), K)
+    samples = draw(min(first, num_candidates), rows)               # (N, len(rows), K)
     result = torch.zeros_like(samples[0])                          # (batch, K)
     calls = torch.zeros(batch, dtype=torch.long)
     while True:
@@ -164,13 +168,21 @@ def temperature_as_needed(draw, batch, temperature, num_candidates=200):
         samples = torch.cat([samples[:, ~enough], more])
 
 
-def draw(model, h, temperature=1.0, n=1, num_candidates=200, exact=None, calls=None):
+def algorithm_2(num_candidates, name):
+    """The sampler of that name: "as_needed", with at most so many candidates, or "batch"."""
+    first = 8 if name == "as_needed" else num_candidates
+    return partial(temperature_as_needed, num_candidates=num_candidates, first=first)
+
+
+def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, calls=None):
     """n next chunks for each h (B, D) at a temperature in (0, 1] -> tokens (n, B, K).
 
-    CALM draws by Algorithm 2 from up to num_candidates, unless `exact` is a function to draw with
-    in its place: temperature_exact, or a partial of it. AR needs neither: it has a softmax.
+    sampler: how CALM draws at T < 1: temperature_as_needed, temperature_exact, or a partial of
+    these. AR needs none: it has a softmax.
     calls: a list; the number of samples that each chunk took (n * B,) is appended to it.
     """
+    if not 0 < temperature <= 1:
+        raise ValueError(f"temperature must be in (0, 1], not {temperature}")
     if isinstance(model, AR):
         return model.sample_chunks(h, n, temperature)
     if temperature == 1:
@@ -181,11 +193,7 @@ def draw(model, h, temperature=1.0, n=1, num_candidates=200, exact=None, calls=N
     def candidates(count, rows=slice(None)):
         return model.sample_chunks(h_rows[rows], count)
 
-    if exact is not None:
-        tokens, samples = exact(candidates, len(h_rows), temperature)
-    else:
-        tokens, samples = temperature_as_needed(candidates, len(h_rows), temperature,
-                                                num_candidates)
+    tokens, samples = sampler(candidates, len(h_rows), temperature)
     if calls is not None:
         calls.append(samples.cpu())
     return tokens.view(n, len(h), -1)
@@ -218,7 +226,6 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling)
     A text that outgrows the context goes on with the last half of the context.
     sampling: other arguments of `draw`.
     """
-    check_sampling(temperature, **sampling)
     K = model.chunk_size
     context = model.config.block_size                              # in chunks
     cache = KVCache(context)
@@ -241,15 +248,6 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling)
             return
         unread = new
         text = torch.cat([text, new], dim=1)
-
-
-def check_sampling(temperature, num_candidates=None, **_):
-    """Raise ValueError unless the temperature T is in (0, 1] and num_candidates, if it is given, is
-    at least 1/T."""
-    if not 0 < temperature <= 1:
-        raise ValueError(f"temperature must be in (0, 1], not {temperature}")
-    if temperature < 1 and num_candidates and num_candidates < 1 / temperature:
-        raise ValueError(f"num_candidates {num_candidates} is below 1/T = {1 / temperature:.1f}")
 
 
 def generate(model, prompt, max_new_tokens, *args, **kwargs):
@@ -279,7 +277,7 @@ def document_start(model, checkpoint, tokenizer):
     """What the model reads before a new document begins -> list of ids.
 
     In training that is the end of another document and a border token, so a run's checkpoint has
-    such a text. For a published model, the chunk that is full of border tokens.
+    such a text. A published model does not say what it has read there: it gets border tokens.
     """
     if checkpoint is None:
         return [border_token(tokenizer)] * model.chunk_size
@@ -392,7 +390,7 @@ def check_vocabulary(model, tokenizer):
 # --- Run it --------------------------------------------------------------------------------
 
 
-def write(model, tokenizer, tokens, prompt, args, sampling):
+def write(model, tokenizer, tokens, prompt, args, sampler):
     """Print the prompt, a list of ids, and what follows as it is drawn.
 
     tokens (1, P): what the model goes on from, which may have more in front.
@@ -403,8 +401,8 @@ def write(model, tokenizer, tokens, prompt, args, sampling):
     made = 0
     began = time.time()
     print(show(tokenizer, [t for t in prompt if t != eot]), end="", flush=True)
-    for new in stream(model, tokens, args.max_new_tokens, args.temperature, eot, calls=calls,
-                      **sampling):
+    for new in stream(model, tokens, args.max_new_tokens, args.temperature, eot, sampler=sampler,
+                      calls=calls):
         ids = new[0].tolist()[:args.max_new_tokens - made]
         ids = [t for t in ids if t != eot]
         made += len(ids)
@@ -455,12 +453,12 @@ def main():
             help="tokens, if the document does not end before")
         add("--chunks", action="store_true", help="a bar before each chunk")
         add("--temperature", type=within(1e-6, 1, float), default=1.0, help="in (0, 1]")
-        add("--sampler", default="batch", choices=("batch", "exact"),
-            help="Algorithm 2 (fast) or 1 (exact)")
+        add("--sampler", default="as_needed", choices=("as_needed", "batch", "exact"),
+            help="Algorithm 2 with few candidates, with all of them; or Algorithm 1")
         add("--num_candidates", type=within(1, 1 << 20), default=200,
-            help="for batch: candidates per chunk, at least 1/T")
+            help="of Algorithm 2: (at most) so many samples per chunk, at least 1/T")
         add("--max_calls", type=within(1), default=10_000,
-            help="for exact: samples per chunk, then batch takes over")
+            help="of Algorithm 1: samples per chunk, then Algorithm 2 takes over")
         args = parser.parse_args()
         if args.tokenizer and not args.official:
             fail("--tokenizer is for --official: a run has the tokenizer of its data")
@@ -478,18 +476,16 @@ def main():
         if len(prompt) < model.chunk_size:
             ids = document_start(model, checkpoint, tokenizer) + prompt
         tokens = torch.tensor([ids], device=device)
-        sampling = {}
-        if args.model == "calm" and args.sampler == "batch":
-            sampling = {"num_candidates": args.num_candidates}
-        elif args.model == "calm":
-            sampling = {"exact": partial(temperature_exact, max_calls=args.max_calls)}
+        sampler = partial(temperature_exact, max_calls=args.max_calls)
+        if args.sampler != "exact":
+            sampler = algorithm_2(args.num_candidates, args.sampler)
+            if args.model == "calm" and args.num_candidates < 1 / args.temperature:
+                fail(f"--num_candidates {args.num_candidates} is below 1/T = "
+                     f"{1 / args.temperature:.4g}")
 
         torch.manual_seed(args.seed)
-        try:
-            with autocast(device, dtype):
-                write(model, tokenizer, tokens, prompt, args, sampling)
-        except ValueError as error:   # too few candidates for the temperature
-            fail(f"--{error}")
+        with autocast(device, dtype):
+            write(model, tokenizer, tokens, prompt, args, sampler)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def parse_args(argv):
     if args.resume:
         kinds = ["calm", "autoencoder"] if args.model == "calm" else [args.model]
         args = go_on_from(args.out_dir, settings_of(args.out_dir, kinds), FIXED, parser, argv, args)
-    elif args.init_from:
+    elif args.init_from is not None:
         if args.model == "autoencoder":
             fail("--init_from takes an autoencoder as it is: drop it, or --model autoencoder")
         saved = settings_of(Path(args.init_from), [args.model])

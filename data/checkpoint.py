@@ -75,10 +75,11 @@ def writing(path, checkpoint):
         cause = error if isinstance(error, OSError) else error.__context__ or error
         full = getattr(cause, "errno", None) == errno.ENOSPC
         what = "disk full" if full else str(cause).splitlines()[0]
+        remedy = "make room" if full else "mend this"
         if checkpoint.exists():
-            advice = "the previous checkpoint is intact: make room, then go on with --resume"
+            advice = f"the previous checkpoint is intact: {remedy}, then go on with --resume"
         else:
-            advice = "nothing was saved: make room, then start again"
+            advice = f"nothing was saved: {remedy}, then start again"
         fail(f"could not write {path} ({what}); {advice}")
 
 

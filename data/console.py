@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import get_args
@@ -93,6 +94,7 @@ def clean_end(when_memory_is_full="use less data"):
     """Around all that a script does: Ctrl-C, a closed pipe, a full disk or a full memory end it
     without a traceback. when_memory_is_full: advice for that case, such as a flag to lower."""
     reopen_closed_streams()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     sys.stdout.reconfigure(errors="replace")   # "?" for a character that the terminal cannot show
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # temporary files are removed
     try:

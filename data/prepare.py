@@ -25,7 +25,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 # Run as a script, the first place that Python imports from is data/, and not the project.
@@ -45,7 +45,7 @@ SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl")   # what is read in a folde
 NOT_SEARCHED = {"node_modules", "venv", "__pycache__", "site-packages", "dist-packages"}
 SECTION = 8 << 10     # bytes: a longer text is cut into documents of about this size
 LONGEST = 128 << 10   # the same for .md and .py, so that none is most of the validation split
-FEW = 200             # documents: with fewer, the share that their hashes hold out is looked at
+LITTLE = 4 << 20      # bytes: with less text, the share that the hashes hold out is looked at
 CONTROL = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})   # bytes that hardly occur in text
 
 # name -> address, member of the zip archive (if it is one), share of the documents for validation
@@ -405,6 +405,7 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     replaced = {os.path.realpath(folder / file) for file in FILES}
     for path in sources_there & replaced:
         fail(f"{path} is a file that preparing {name} replaces: give another --name")
+    check_is_ours(folder)
     if val_fraction is None:
         val_fraction = DOWNLOADS[known][2] if known in DOWNLOADS else 0.1
 
@@ -415,6 +416,18 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
     print(f"{folder}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
           f"{meta['val_tokens']:,} validation tokens{summary(left_out)}")
     return folder
+
+
+def check_is_ours(folder):
+    """Fail if a folder has files of the names that preparing replaces, but no data set of ours."""
+    there = [file for file in FILES if (folder / file).exists()]
+    with suppress(OSError, ValueError, AttributeError):
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta.pop("checksum", None) == checksum(meta):
+            return
+    if there:
+        fail(f"{folder} holds {', '.join(there)} of another origin: move that away, "
+             "or give another --name")
 
 
 def write_data(folder, meta, texts, enc):
@@ -490,16 +503,21 @@ def hold_out(texts, val_fraction):
     """Decide which (path, document) pairs become validation -> pairs, and a bound: those are held
     out whose fraction_of is below it.
 
-    The bound is val_fraction. Of a few documents it may hold out nothing, or most of the text: if
+    The bound is val_fraction. Of little text it may hold out nothing, or most of the text: if
     so, they are cut into about twenty parts (fewer, if the text is short), and the bound is such
     that the right number of parts is below it.
     """
-    pairs = list(islice(texts, FEW))
-    total = sum(len(text) for _, text in pairs)
+    pairs = []
+    total = 0
+    for path, text in texts:
+        pairs.append((path, text))
+        total += len(text)
+        if total >= LITTLE:
+            break
     wanted = val_fraction * total
     most = (1 + val_fraction) / 2 * total
     held = bytes_below(val_fraction, pairs)
-    if len(pairs) == FEW or wanted / 2 <= held <= min(2 * wanted, most):
+    if total >= LITTLE or wanted / 2 <= held <= min(2 * wanted, most):
         return chain(pairs, texts), val_fraction
 
     limit = max(min(SECTION, total // 20 + 1), 1 << 10)

@@ -10,8 +10,8 @@ import torch
 import data.prepare
 import sample
 from helpers import BOTH, EOT, V, tiny_ar, tiny_calm
-from sample import (cast_matrices, counts, draw, generate, stream, temperature_as_needed,
-                    temperature_batch, temperature_exact, whole_chunks)
+from sample import (algorithm_2, cast_matrices, counts, draw, generate, stream,
+                    temperature_as_needed, temperature_batch, temperature_exact, whole_chunks)
 
 
 def draw_chunks(p, N, batch):
@@ -151,8 +151,9 @@ def test_both_algorithms_give_a_model_the_same_frequencies():
     torch.manual_seed(0)
     model = tiny_calm(K=1)
     h = torch.randn(32).expand(2000, -1)
-    exact = draw(model, h, 0.7, exact=temperature_exact)[0, :, 0].bincount(minlength=V) / 2000
-    batch = draw(model, h, 0.7, num_candidates=300)[0, :, 0].bincount(minlength=V) / 2000
+    exact = draw(model, h, 0.7, sampler=temperature_exact)[0, :, 0].bincount(minlength=V) / 2000
+    paper = algorithm_2(300, "batch")
+    batch = draw(model, h, 0.7, sampler=paper)[0, :, 0].bincount(minlength=V) / 2000
     assert (exact - batch).abs().max() < 5 * (0.25 * 2 / 2000) ** 0.5 and exact.max() < 0.9
 
 
@@ -217,7 +218,7 @@ def test_prompts_of_any_length_are_continued(make, temperature, length):
     texts = []
     for _ in range(2):   # the same seed, the same text
         torch.manual_seed(1)
-        texts.append(generate(model, prompt, 10, temperature, EOT, num_candidates=20))
+        texts.append(generate(model, prompt, 10, temperature, EOT))
     assert torch.equal(texts[0], texts[1])
     assert torch.equal(texts[0][:, :length], prompt)
     assert length < texts[0].shape[1] <= length + 10
@@ -317,3 +318,12 @@ def test_the_baseline_takes_no_notice_of_calms_flags(write):
     cold = ["--temperature", 0.004, "--max_new_tokens", 8]   # 250 candidates, if they were needed
     assert write(*cold, "--model", "ar", "--num_evals", 4, "--sampler", "exact").code == 0
     assert write(*cold).code == 2
+
+
+def test_the_cost_of_a_temperature_is_said(write):
+    flags = ["--temperature", 0.5, "--max_new_tokens", 8]
+    assert " samples per chunk]" in write(*flags).err
+    paper = write(*flags, "--sampler", "batch", "--num_candidates", 50)
+    assert ", 50 samples per chunk]" in paper.err
+    exact = write(*flags, "--sampler", "exact", "--max_calls", 1).err
+    assert ", 201 samples per chunk, 100% of them left to Algorithm 2]" in exact
