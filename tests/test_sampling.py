@@ -320,6 +320,7 @@ def test_the_baseline_takes_no_notice_of_calms_flags(write):
     assert write(*cold).code == 2
 
 
+@pytest.mark.filterwarnings("ignore:a chunk took over")
 def test_the_cost_of_a_temperature_is_said(write):
     flags = ["--temperature", 0.5, "--max_new_tokens", 8]
     assert " samples per chunk]" in write(*flags).err
