@@ -1,7 +1,7 @@
 """
 BrierLM: how well does a model predict, judged from its samples alone (section 4 of the paper)?
 
-    python eval_brier.py                            # BrierLM of the default run, and its text
+    python eval_brier.py                            # BrierLM of the default run; how its text reads
     python eval_brier.py --against out/stdlib/ar.pt # is it better than another model?
     python eval_brier.py --frontier                 # accuracy and collision over temperatures
     python eval_brier.py --plot curves.svg out/*    # BrierLM over training FLOPs, from logs
@@ -61,9 +61,14 @@ def brier_ngram(samples, targets):
     return 2 * hit - collision
 
 
+def geometric_mean(values):
+    """Of values (..., 4) -> (...); 0 if one is below 0."""
+    return np.clip(values, 0, None).prod(-1) ** 0.25
+
+
 def brierlm(brier):
-    """Brier-1..4 (..., 4) -> BrierLM (...): 100 times their geometric mean, 0 if one is below 0."""
-    return 100 * np.clip(brier, 0, None).prod(-1) ** 0.25
+    """Brier-1..4 (..., 4) -> BrierLM (...): 100 times their geometric mean."""
+    return 100 * geometric_mean(brier)
 
 
 def score_windows(model, tokens, stride, S, temperature=1.0, **sampling):
@@ -150,10 +155,10 @@ def ngram_stride(K):
 
 @dataclass
 class Scores:
-    """Sums over the n-grams, n = 1..4, that begin in each of D documents."""
-    hits: np.ndarray         # of E[1[a = y]], (D, 4)
-    collisions: np.ndarray   # of E[1[a = b]], (D, 4)
-    count: np.ndarray        # number of n-grams, (D,)
+    """Sums over the n-grams, n = 1..4, that begin in each document."""
+    hits: np.ndarray         # of E[1[a = y]], (documents, 4)
+    collisions: np.ndarray   # of E[1[a = b]], (documents, 4)
+    count: np.ndarray        # number of n-grams, (documents,)
     stride: int              # from one n-gram's start to the next, in tokens
     context: int             # tokens in a window
     samples: int             # S
@@ -162,7 +167,7 @@ class Scores:
     def means(self, weights=1.0):
         """Means over all n-grams -> hit, collision (..., 4) each.
 
-        weights (..., D): how often each document counts.
+        weights (..., documents): how often each document counts.
         """
         weights = weights * np.ones(len(self.count))
         total = (weights @ self.count)[..., None]
@@ -175,34 +180,30 @@ class Scores:
 
     def accuracy(self, weights=1.0):
         """How often a sample is right (...): the geometric mean over n."""
-        return brierlm(self.means(weights)[0]) / 100
+        return geometric_mean(self.means(weights)[0])
 
     def collision(self, weights=1.0):
         """How often two samples are equal (...): the geometric mean over n."""
-        return brierlm(self.means(weights)[1]) / 100
+        return geometric_mean(self.means(weights)[1])
 
     def error(self, number):
-        """The standard error of number(weights), such as of `brierlm`: what it owes to the choice
-        of the documents. Of a single document that is not known: None.
+        """The standard error of number(weights), such as `brierlm`: how much it would vary with
+        other held-out documents. None if there is only one document.
 
-        It is a bootstrap: 1000 times, D documents are drawn from these with repetition.
+        It is a bootstrap: 1000 times, as many documents are drawn from these, with repetition.
         """
-        D = len(self.count)
-        if D == 1:
+        documents = len(self.count)
+        if documents == 1:
             return None
-        weights = np.random.default_rng(0).multinomial(D, np.full(D, 1 / D), size=1000)
+        each = np.full(documents, 1 / documents)
+        weights = np.random.default_rng(0).multinomial(documents, each, size=1000)
         return float(number(weights).std())
 
 
-@torch.inference_mode()
-def score_documents(model, data, device, dtype, windows=375, stride=None, context=None,
-                    num_draws=4, seed=0, progress=False, **sampling):
-    """Score the validation split -> Scores.
+def grid(model, stride=None, context=None):
+    """Where n-grams start and how long windows are -> stride, context, both in tokens.
 
-    windows: of `context` tokens each (default: the model's context), spread evenly over the split.
-    stride: from one n-gram's start to the next, in tokens (default: ngram_stride of the model's K).
-    Each n-gram has the window before it as context. At one stride it is the same n-grams for any
-    model. num_draws: S, samples per position. sampling: other arguments of `draw`.
+    Fail unless they fit the model. Default: ngram_stride of its K, and its context.
     """
     K = model.chunk_size
     longest = model.config.block_size * K
@@ -212,7 +213,20 @@ def score_documents(model, data, device, dtype, windows=375, stride=None, contex
     if stride % K or context % K or not shortest <= context <= longest:
         fail(f"--stride {stride} and --context {context} must be multiples of the chunk size {K}, "
              f"the context from {shortest} to at most the model's, {longest}")
+    return stride, context
 
+
+@torch.inference_mode()
+def score_documents(model, data, device, dtype, windows=375, stride=None, context=None,
+                    num_draws=4, seed=0, progress=False, **sampling):
+    """Score the validation split -> Scores.
+
+    windows: of `context` tokens each, spread evenly over the split. stride: from one n-gram's start
+    to the next. (Defaults: see `grid`.) An n-gram is predicted from all that precedes it in its
+    window. With one stride and one context all models are scored at the same n-grams.
+    num_draws: S, samples per position. sampling: other arguments of `draw`.
+    """
+    stride, context = grid(model, stride, context)
     offsets = data.even_offsets("val", windows, context)
     scores = []
     with autocast(device, dtype):
@@ -273,8 +287,8 @@ def with_error(value, error, digits):
 def difference(scores, other):
     """Is one model better than another? Both scored at the same n-grams -> dict.
 
-    Some documents are harder than others, for both models. The error is that of the difference,
-    with the same documents drawn for both, and leaves this out.
+    Some documents are harder than others, for both models. For the error of the difference the
+    same documents are drawn for both, so this cancels.
     """
 
     assert (scores.count == other.count).all()                     # the same n-grams
@@ -287,7 +301,7 @@ def difference(scores, other):
 
     found = {"brierlm": float(other.brierlm()),
              "difference": float(minus()), "difference_stderr": scores.error(minus)}
-    if other.brierlm() > 0.5:   # a ratio to less says nothing, and its error less than that
+    if other.brierlm() > 0.5:   # near 0 a ratio has no meaning
         found |= {"ratio": float(ratio()), "ratio_stderr": scores.error(ratio)}
     return found
 
@@ -321,17 +335,19 @@ def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0):
     """Held-out beginnings, as they go on in truth and as the models continue them at T = 1 and 1/2
     -> {whose text: (distinct-4, bits per token)}
 
-    judge: an AR that reads all of them, and writes, too; None: no bits. context: the most tokens.
+    judge: an AR that reads all of them, and writes, too, unless it is the model; None: no bits.
+    context: the most tokens.
     """
     K = model.chunk_size
     length = text_length(K, context)
     windows = data.batch("val", data.even_offsets("val", texts, length), length).to(device)
     begin = max(length // 5 // K, 1) * K
     written = {"real": windows}
+    writers = {"model": model}
+    if judge not in (None, model):
+        writers["judge"] = judge
     with autocast(device, dtype):
-        for name, writer in (("model", model), ("judge", judge)):
-            if writer is None:
-                continue
+        for name, writer in writers.items():
             for T in (1.0, 0.5):
                 seed_noise(seed)
                 # Without eot: it goes on past any end-of-text.
@@ -345,7 +361,8 @@ def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0):
 def distances_to_means(autoencoder, z):
     """How far vectors z (P, L) lie from the mean of the chunk that they decode to, and how far
     samples of that chunk's own posterior do -> (P,), (P,)."""
-    chunks = autoencoder.decode(z).max(-1).indices                 # (P, K)
+    parts = [autoencoder.decode(part).max(-1).indices for part in z.split(256)]
+    chunks = torch.cat(parts)                                      # (P, K)
     mean, log_std = (part.float() for part in autoencoder.encode(chunks))
     y = posterior_samples(mean, log_std, 1)[0]                     # (P, L)
     return (z - mean).norm(dim=-1), (y - mean).norm(dim=-1)
@@ -353,7 +370,7 @@ def distances_to_means(autoencoder, z):
 
 @torch.inference_mode()
 def off_manifold(model, data, device, dtype, context, windows=32, seed=0):
-    """Does the head oversmooth, that is, draw vectors between the chunks? The medians of
+    """Does the head draw vectors like the autoencoder's, or does it oversmooth? The medians of
     `distances_to_means` over its samples at held-out positions -> two numbers."""
     tokens = data.batch("val", data.even_offsets("val", windows, context), context).to(device)
     seed_noise(seed)
@@ -370,7 +387,7 @@ def frontier(args, model, measure):
     """Print accuracy and collision rate (figures 10 and 11), geometric means over n = 1..4, of
     each limit of candidates and each temperature, with errors over documents.
 
-    measure(temperature, sampler, calls): score_documents.
+    measure(temperature, sampler, calls) -> Scores
     """
     autoencoder_config = None if isinstance(model, AR) else model.autoencoder.config
     flops = flops_per_token(model.config, autoencoder_config)
@@ -383,7 +400,8 @@ def frontier(args, model, measure):
                 print(f"{T:11.3g}  {N:19}  too few candidates: at least 1/T")
                 continue
             calls = []
-            scores = measure(temperature=T, sampler=algorithm_2(N, args.sampler), calls=calls)
+            scores = measure(temperature=T, sampler=algorithm_2(N, args.sampler or "as_needed"),
+                             calls=calls)
             drawn = torch.cat(calls).double().mean().item() if calls else 1.0
             cost = flops["inference"] + (drawn - 1) * flops.get("candidate", 0.0)
             row = {"temperature": T, "num_candidates": N, "candidates_drawn": drawn,
@@ -420,8 +438,8 @@ def parse_args():
     add("--temperatures", type=within(1e-6, 1, float), nargs="+",
         help="for --frontier; None: 1 to 0.33")
     add("--candidates", type=within(1, 1 << 20), nargs="+", help="for --frontier; None: 200")
-    add("--sampler", default="as_needed", choices=("as_needed", "batch"),
-        help="for --frontier: at most so many candidates, or all of them, as in the paper")
+    add("--sampler", choices=("as_needed", "batch"),
+        help="for --frontier: at most so many candidates; or all, as in the paper; None: as_needed")
     add("--plot", nargs="+", metavar=("SVG", "RUN"),
         help="draw logs of runs, or of folders of runs")
     add("--x", default="flops", choices=("flops", "inference_flops"),
@@ -433,8 +451,8 @@ def parse_args():
         fail("--judge reads the text of a run's model: drop --official and --frontier")
     if args.against is not None and args.frontier:
         fail("--against compares at T = 1: drop --frontier")
-    if (args.temperatures or args.candidates) and not args.frontier:
-        fail("--temperatures and --candidates are for --frontier: add it")
+    if (args.temperatures or args.candidates or args.sampler) and not args.frontier:
+        fail("--temperatures, --candidates and --sampler are for --frontier: add it")
     if args.official and not args.data and not args.plot:
         fail("--official needs --data, prepared with the model's tokenizer")
     return args
@@ -459,12 +477,14 @@ def load_other(run, kind, data, device, dtype):
     return model, checkpoint
 
 
-def load_judge(args, data, device, dtype, length):
-    """The AR of --judge or, if there is one, that beside the model -> model or None.
+def load_judge(args, model, data, device, dtype, length):
+    """The AR of --judge; or the model, if it is one; or the AR beside it, if there is one; or None.
 
     length: of the texts that it must be able to read, in tokens.
     """
     run = args.judge
+    if run is None and isinstance(model, AR):
+        return model
     if run is None and not args.official and Path(args.out_dir, "ar.pt").is_file():
         run = args.out_dir
     if run is None:
@@ -522,19 +542,18 @@ def main():
             check_vocabulary(model, data.tokenizer)
         else:
             check_tokenizer(checkpoint, data)
-            stride = stride or checkpoint["settings"]["stride"]    # the baseline's is CALM's
+            stride = stride or checkpoint["settings"]["stride"]    # an AR's is that of its CALM
             if not args.data and data.meta["fingerprint"] != checkpoint["data"]["fingerprint"]:
                 fail(f"{data.folder} has changed since the model was trained, and what is held out "
                      f"may have been trained on: --data {data.meta['name']} scores it all the same")
         if args.against is not None:
             other, other_checkpoint = load_other(args.against, args.model, data, device, dtype)
             stride, context = common_grid(model, other, stride, other_checkpoint, context)
-        longest = model.config.block_size * model.chunk_size
-        context = context or longest
+        stride, context = grid(model, stride, context)
         judge = None
         if not args.frontier:
-            length = text_length(model.chunk_size, min(context, longest))
-            judge = load_judge(args, data, device, dtype, length)
+            length = text_length(model.chunk_size, context)
+            judge = load_judge(args, model, data, device, dtype, length)
 
         def measure(model=model, **sampling):
             windows = args.windows or (32 if args.frontier else 375)
@@ -548,7 +567,7 @@ def main():
         result = summary(scores)
         print(describe(result))
         for name in ("accuracy", "collision"):
-            numbers = "  ".join(f"{value:.4f}" for value in result.pop(name))
+            numbers = "  ".join(f"{value:.4f}" for value in result[name])
             print(f"{name:9} of 1 .. 4 tokens  {numbers}")
         if args.against is not None:
             result["against"] = difference(scores, measure(other))
@@ -565,7 +584,7 @@ def common_grid(model, other, stride, other_checkpoint, context):
     longest = min(m.config.block_size * m.chunk_size for m in (model, other))
     if longest < 2 * stride:
         fail(f"the models cannot be compared: one reads {longest} tokens, expected {2 * stride}")
-    return stride, context or longest // stride * stride
+    return grid(other, stride, context or longest // stride * stride)
 
 
 if __name__ == "__main__":

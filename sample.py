@@ -55,7 +55,8 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     count = n + i it is in turn i of the loop.
     draw(m) -> m samples for every row (m, batch, K)
     -> tokens (batch, K), samples that each row took (batch,). A row that is not done after
-    max_calls samples gets what Algorithm 2 picks from 200 more: it took more than max_calls.
+    max_calls samples gets what Algorithm 2 picks from 200 more; its number of samples, then above
+    max_calls, tells so.
     """
     n = math.floor(1 / temperature)
     a = 1 / temperature - n
@@ -169,7 +170,8 @@ def temperature_as_needed(draw, batch, temperature, num_candidates=200, first=8)
 
 
 def algorithm_2(num_candidates, name):
-    """The sampler of that name: "as_needed", with at most so many candidates, or "batch"."""
+    """Algorithm 2 as a sampler for `draw`. name: "as_needed", with at most num_candidates; or
+    "batch", with all of them at once."""
     first = 8 if name == "as_needed" else num_candidates
     return partial(temperature_as_needed, num_candidates=num_candidates, first=first)
 
@@ -206,8 +208,8 @@ def whole_chunks(prompt, chunk_size, eot):
     """Prompt (B, P) -> (B, P'), P' a positive multiple of K: a chunk ends where the prompt ends.
 
     Up to K - 1 tokens at its front are left out. What remains is like the windows of training,
-    which begin anywhere in a text; tokens in front that fill up its first chunk would not be. Only
-    a prompt shorter than a chunk is filled up, by the token eot.
+    which begin anywhere in a text; padding in front would make a first chunk unlike any of those.
+    Only a prompt shorter than a chunk is padded, with the token eot.
     """
     length = prompt.shape[1]
     if length >= chunk_size:
@@ -262,11 +264,11 @@ def continue_text(model, data, device, dtype, seed, new_tokens=300):
     offset = data.even_offsets("val", 2, context)[-1:]
     prompt = data.batch("val", offset, max(context // 4, 1)).to(device)
     print(f"--- held-out text {'-' * 62}\n{show(data.tokenizer, prompt[0].tolist())}")
+    eot = border_token(data.tokenizer)
     for temperature in (1.0, 0.5):
         torch.manual_seed(seed)
         calls = []
         with autocast(device, dtype):
-            eot = border_token(data.tokenizer)
             text = generate(model, prompt, new_tokens, temperature, eot, calls=calls)
         cost = f", {torch.cat(calls).double().mean():.0f} samples per chunk" if calls else ""
         print(f"--- continued by the model at T = {temperature:g}{cost} {'-' * 30}")
@@ -344,7 +346,7 @@ def cast_matrices(model, dtype):
         if isinstance(module, nn.Linear):
             module.to(dtype)
     if isinstance(model, CALM) and model.config.input_mode == "discrete":
-        # This embedding is the decoder's last matrix. (Other modes also look tokens up in it.)
+        # The decoder's last matrix. In the other modes tokens are looked up in it, in float32.
         model.autoencoder.encoder.embed_tokens.to(dtype)
     return model
 
@@ -400,7 +402,7 @@ def write(model, tokenizer, tokens, prompt, args, sampler):
     calls = []                                                   # samples that each chunk took
     made = 0
     began = time.time()
-    print(show(tokenizer, [t for t in prompt if t != eot]), end="", flush=True)
+    print(show(tokenizer, prompt), end="", flush=True)
     for new in stream(model, tokens, args.max_new_tokens, args.temperature, eot, sampler=sampler,
                       calls=calls):
         ids = new[0].tolist()[:args.max_new_tokens - made]
@@ -476,8 +478,9 @@ def main():
         if len(prompt) < model.chunk_size:
             ids = document_start(model, checkpoint, tokenizer) + prompt
         tokens = torch.tensor([ids], device=device)
-        sampler = partial(temperature_exact, max_calls=args.max_calls)
-        if args.sampler != "exact":
+        if args.sampler == "exact":
+            sampler = partial(temperature_exact, max_calls=args.max_calls)
+        else:
             sampler = algorithm_2(args.num_candidates, args.sampler)
             if args.model == "calm" and args.num_candidates < 1 / args.temperature:
                 fail(f"--num_candidates {args.num_candidates} is below 1/T = "

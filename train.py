@@ -170,8 +170,9 @@ def make_parser():
 def parse_args(argv):
     """The settings of a run -> argparse.Namespace.
 
-    Each setting comes from the first of these that has it: a flag, the run to --resume, the run of
-    --match_flops (for AR, unless a flag names a preset), the preset, the config class.
+    Each setting comes from the first of these that has it: a flag, the run of --resume or, if it is
+    a model's size, of --init_from, the run of --match_flops (for AR, unless a flag names a preset),
+    the preset, the config class.
     """
     # The first parse only finds the preset and the runs. Their settings become the defaults of the
     # second, which is also the one that answers --help.
@@ -221,16 +222,16 @@ def settings_of(out_dir, kinds):
 
 
 def go_on_from(run, saved, fixed, parser, argv, args):
-    """Parse the flags once more, with the settings of an earlier run as their defaults, of which no
-    flag may change those in `fixed` -> argparse.Namespace, with the out_dir of `args`."""
+    """Parse the flags once more, with the settings of an earlier run as their defaults. No flag may
+    change those in `fixed`. -> argparse.Namespace, with the out_dir of `args`"""
     parser.set_defaults(**saved)
     out_dir = args.out_dir
     args = parser.parse_args(argv)
     args.out_dir = out_dir
     for name in fixed:   # (vocab_size has no flag and passes here; check_fits checks it)
         asked = getattr(args, name)
-        if asked != saved.get(name):   # (init_from is younger than some checkpoints)
-            fail(f"{run} has {name} {saved.get(name)}, this run asks for {asked}: drop the flag")
+        if asked != saved[name]:
+            fail(f"{run} has {name} {saved[name]}, this run asks for {asked}: drop the flag")
     return args
 
 
