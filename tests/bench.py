@@ -95,7 +95,7 @@ def training(model, args, machine, seconds):
     config = train.config_of(train.TrainConfig, args, "calm")
     length = args.context + args.chunk_size
     tokens = torch.randint(args.vocab_size, (config.batch_size, length), device=device)
-    optimizers = train.make_optimizers(model, config)
+    optimizers = train.make_optimizers(model, config, machine.dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
     compiled = torch.compile if machine.compiles else lambda function: function
     compute = compiled(model)
