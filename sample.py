@@ -139,18 +139,19 @@ def counts(samples):
     return (end - begin).T
 
 
-def temperature_as_needed(draw, batch, temperature, num_candidates=200, first=8):
+def temperature_as_needed(draw, batch, temperature, num_candidates=200, first=None):
     """Algorithm 2 with no more candidates than a row needs (ours).
 
-    `first`, twice, four times, ... as many candidates are drawn until some chunk has come 1/T
-    times, rounded up, or there are num_candidates. Algorithm 2 picks from those. An easy chunk
-    takes few. The price is a bias that more candidates do not cure: it is warmer than T says.
+    `first` (None: 8/T), twice, four times, ... as many candidates are drawn until some chunk has
+    come 1/T times, rounded up, or there are num_candidates. Algorithm 2 picks from those. An easy
+    chunk takes few. The price is a bias that more candidates do not cure: it is warmer than T says.
     With first = num_candidates this is Algorithm 2 as it stands.
     draw(m, rows) -> m samples for each of these rows (m, len(rows), K)
     -> tokens (batch, K), samples that each row took (batch,)
     """
     if num_candidates < 1 / temperature:
         raise ValueError(f"num_candidates {num_candidates} is below 1/T = {1 / temperature:.4g}")
+    first = first or math.ceil(8 / temperature)
     rows = torch.arange(batch)                                     # that draw on
     samples = draw(min(first, num_candidates), rows)               # (N, len(rows), K)
     result = torch.zeros_like(samples[0])                          # (batch, K)
@@ -172,7 +173,7 @@ def temperature_as_needed(draw, batch, temperature, num_candidates=200, first=8)
 def algorithm_2(num_candidates, name):
     """Algorithm 2 as a sampler for `draw`. name: "as_needed", with at most num_candidates; or
     "batch", with all of them at once."""
-    first = 8 if name == "as_needed" else num_candidates
+    first = None if name == "as_needed" else num_candidates
     return partial(temperature_as_needed, num_candidates=num_candidates, first=first)
 
 

@@ -82,7 +82,7 @@ def test_many_candidates_keep_their_weights(monkeypatch):
 
 
 def test_candidates_are_drawn_until_a_chunk_has_come_often_enough():
-    """A sure row stops at 8 candidates, one without any repetition at the limit."""
+    """At T = 1/2 a sure row stops at 16 candidates, one without a repetition at the limit."""
     torch.manual_seed(0)
     seen = []
 
@@ -93,8 +93,8 @@ def test_candidates_are_drawn_until_a_chunk_has_come_often_enough():
         return torch.cat([sure, different], dim=1)[:, rows]
 
     tokens, calls = temperature_as_needed(draw, 2, 0.5, num_candidates=40)
-    assert tokens[0].tolist() == [7, 7] and calls.tolist() == [8, 40]
-    assert seen == [(8, [0, 1]), (8, [1]), (16, [1]), (8, [1])]
+    assert tokens[0].tolist() == [7, 7] and calls.tolist() == [16, 40]
+    assert seen == [(16, [0, 1]), (16, [1]), (8, [1])]
 
 
 def test_counts_are_how_often_a_chunk_occurs():
