@@ -37,7 +37,8 @@ from data.checkpoint import (append_log, check_fits, check_tokenizer, checksums,
 from data.console import Parser, add_fields, bar_options, clean_end, fail, within
 from data.machine import Machine, seed_noise, select_device
 from data.prepare import load_data
-from sample import cast_matrices, continue_text
+from data.published import is_published
+from sample import cast_matrices, check_vocabulary, continue_text, load_official
 
 KINDS = ("autoencoder", "calm", "ar")   # of models, stages and checkpoints
 
@@ -142,7 +143,7 @@ def make_parser():
     add("--resume", action="store_true",
         help="go on from the checkpoint in out_dir, with its settings")
     add("--init_from", metavar="RUN",
-        help="begin with the weights of RUN, of its sizes: fine-tuning; steps count from 1")
+        help="fine-tune: begin with the weights of a run's folder, or of a published model's")
     add("--flops", type=within(1, 1e30, float),
         help="train for so many FLOPs, autoencoder included; wins over --max_steps")
     add("--match_flops", metavar="RUN",
@@ -190,8 +191,7 @@ def parse_args(argv):
     elif args.init_from is not None:
         if args.model == "autoencoder":
             fail("--init_from takes an autoencoder as it is: drop it, or --model autoencoder")
-        saved = settings_of(Path(args.init_from), [args.model])
-        saved = {name: saved[name] for name in MODEL}
+        saved = sizes_of(Path(args.init_from), args.model)
         args = go_on_from(args.init_from, saved, MODEL, parser, argv, args)
 
     if (given.flops or given.match_flops) and args.model == "autoencoder":
@@ -219,6 +219,20 @@ def settings_of(out_dir, kinds):
     """The settings of an earlier run, but for those that each run has of its own."""
     settings = saved_settings(out_dir, kinds)
     return {name: value for name, value in settings.items() if name not in OWN}
+
+
+def sizes_of(run, kind):
+    """The settings of a run's model, or of a published one, for --init_from."""
+    if not is_published(run):
+        saved = settings_of(run, [kind])
+        return {name: saved[name] for name in MODEL}
+    if kind == "ar":
+        fail(f"{run} is a published CALM: drop --model ar")
+    model = load_official(run)
+    sizes = {flag(name, "calm"): value for name, value in asdict(model.config).items()}
+    for name, value in asdict(model.autoencoder.config).items():
+        sizes[flag(name, "autoencoder")] = value
+    return sizes
 
 
 def go_on_from(run, saved, fixed, parser, argv, args):
@@ -497,7 +511,7 @@ class Stage:
             # Stage 2 was trained, but the autoencoder that it needs is not there any more.
             fail(f"{self.path}, which {args.model}.pt was trained with, is gone: put it back")
         elif args.init_from:
-            self.take_weights(Path(args.init_from) / f"{kind}.pt")
+            self.take_weights(Path(args.init_from))
 
     def resume(self):
         """Go on from this stage's checkpoint. That needs --resume, with one exception: CALM may
@@ -526,19 +540,30 @@ class Stage:
         if checkpoint["scaler"]:                                   # empty, unless it was float16
             self.scaler.load_state_dict(checkpoint["scaler"])
 
-    def take_weights(self, path):
-        """Begin with the weights of an earlier run's checkpoint. An autoencoder is not trained any
-        further, and becomes this run's own."""
-        self.machine.check_same(checksums(path), path)
-        checkpoint = load_checkpoint(path, self.kind)
-        check_tokenizer(checkpoint, self.data)
-        self.model.load_state_dict(checkpoint["model"])
+    def take_weights(self, run):
+        """Begin with the weights of an earlier run, or of a published model. An autoencoder is not
+        trained any further, and becomes this run's own."""
+        step = 0
+        tokens = 0
+        if is_published(run):
+            model = load_official(run)
+            check_vocabulary(model, self.data.tokenizer)
+            weights = (model.autoencoder if self.kind == "autoencoder" else model).state_dict()
+        else:
+            path = run / f"{self.kind}.pt"
+            self.machine.check_same(checksums(path), path)
+            checkpoint = load_checkpoint(path, self.kind)
+            check_tokenizer(checkpoint, self.data)
+            weights = checkpoint["model"]
+            step = checkpoint["step"]
+            tokens = checkpoint["tokens"]
+        self.model.load_state_dict(weights)
         if self.kind == "autoencoder":
             self.skip = True
-            self.config.max_steps = checkpoint["step"]
-            self.first_step = checkpoint["step"] + 1
-            self.tokens_before = checkpoint["tokens"]
-            self.save(checkpoint["step"])
+            self.config.max_steps = step
+            self.first_step = step + 1
+            self.tokens_before = tokens
+            self.save(step)
 
     def set_budget(self, total):
         """Set max_steps so that the FLOPs of all stages come as close to `total` as they can."""
@@ -738,7 +763,8 @@ def open_data(args, machine):
     machine.barrier()
     data = load_data(args.data)
     machine.check_same(data.meta["fingerprint"], f"the data set {data.folder}")
-    args.vocab_size = data.meta["vocab_size"]
+    if not (args.resume or args.init_from):   # else the model has one, which will be checked
+        args.vocab_size = data.meta["vocab_size"]
     args.data = data.meta["name"]
     for split in ("train", "val"):
         data.check_length(split, args.context + args.chunk_size)

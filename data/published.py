@@ -39,6 +39,11 @@ FIXED = {
 }
 
 
+def is_published(folder):
+    """Is this a directory as the authors publish a model? (A run's folder has checkpoints.)"""
+    return (folder / "config.json").is_file()
+
+
 def read_official(folder):
     """A published CALM -> fields of CALMConfig, fields of AutoencoderConfig, {our name: tensor}.
 

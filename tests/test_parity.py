@@ -18,12 +18,13 @@ import torch
 
 import eval_brier
 import sample
+import train
 from autoencoder import Autoencoder, AutoencoderConfig, kl_to_normal
 from calm import AR, CALM, ARConfig, CALMConfig, energy_score
 from data.prepare import prepare
 from data.published import our_name
 from eval_brier import brier_ngram
-from helpers import assert_one_line, last_line
+from helpers import assert_one_line, checkpoint_of, last_line
 from sample import load_official
 
 FOLDER = Path(os.environ.get("CALM_PARITY", Path(__file__).parent))
@@ -280,3 +281,16 @@ def test_a_published_model_writes_and_is_evaluated(tmp_path, run, data_dir):
     wrong = run(eval_brier, "--official", folder, "--data", "bytes")
     assert_one_line(wrong, "vocabulary of 513")
     assert_one_line(run(sample, "--official", folder), "tokenizer.model")
+
+    # Fine-tuned at a rate near 0, on other text of the same tokenizer, it is the same model.
+    tuned = tmp_path / "tuned"
+    slow = ["--max_steps", 1, "--lr", 1e-12, "--muon_lr", 1e-12, "--batch_size", 2]
+    done = run(train, "--init_from", folder, "--data", "mine", "--out_dir", tuned, *slow)
+    assert done.code == 0, done.err
+    weights = checkpoint_of(tuned, "calm")["model"]
+    assert all(torch.allclose(weights[name], tensor, atol=1e-6)
+               for name, tensor in model.state_dict().items())
+    done = run(train, "--resume", "--data", "mine", "--out_dir", tuned, "--max_steps", 2)
+    assert done.code == 0 and checkpoint_of(tuned, "calm")["step"] == 2, done.err
+    assert_one_line(run(train, "--init_from", folder, "--data", "bytes", "--out_dir",
+                        tmp_path / "other"), "vocabulary of 513")
