@@ -22,7 +22,7 @@ except ImportError:
 
 import torch
 
-from data.console import fail
+from data.console import fail, temporary
 from data.prepare import tokenizer_from
 
 # The folder that `python train.py` writes to when it is given no flags.
@@ -61,7 +61,7 @@ def lock(handle, folder):
     except OSError:   # no locks here
         return
     for path in folder.iterdir():
-        if re.fullmatch(r"\.((autoencoder|calm|ar)\.pt|log\.jsonl)\.\d+\.tmp", path.name):
+        if re.fullmatch(r"\.((autoencoder|calm|ar)\.pt|log\.jsonl)\..+\.tmp", path.name):
             path.unlink()
 
 
@@ -87,7 +87,7 @@ def writing(path, checkpoint):
 def replacing(path, checkpoint):
     """The path to write to in place of `path`. It is renamed to that in the end, so that what is at
     `path` is whole at every moment."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = temporary(path)
     with writing(path, checkpoint):
         try:
             yield partial
