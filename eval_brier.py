@@ -399,7 +399,7 @@ def frontier(args, model, measure):
             if N < 1 / T and args.model == "calm":
                 print(f"{T:11.3g}  {N:19}  too few candidates: at least 1/T")
                 continue
-            calls = []
+            calls = []   # samples that each chunk took
             scores = measure(temperature=T, sampler=algorithm_2(N, args.sampler or "as_needed"),
                              calls=calls)
             drawn = torch.cat(calls).double().mean().item() if calls else 1.0
@@ -496,6 +496,13 @@ def load_judge(args, model, data, device, dtype, length):
     return judge
 
 
+def report_score(result):
+    print(describe(result))
+    for name in ("accuracy", "collision"):
+        numbers = "  ".join(f"{value:.4f}" for value in result[name])
+        print(f"{name:9} of 1 .. 4 tokens  {numbers}")
+
+
 def report_difference(name, result):
     minus = with_error(result["difference"], result["difference_stderr"], 2)
     line = f"{name} has {result['brierlm']:.2f}: a difference of {minus}"
@@ -565,10 +572,7 @@ def main():
             return
         scores = measure()
         result = summary(scores)
-        print(describe(result))
-        for name in ("accuracy", "collision"):
-            numbers = "  ".join(f"{value:.4f}" for value in result[name])
-            print(f"{name:9} of 1 .. 4 tokens  {numbers}")
+        report_score(result)
         if args.against is not None:
             result["against"] = difference(scores, measure(other))
             report_difference(args.against, result["against"])

@@ -84,8 +84,8 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
             result = torch.where(accepted[:, None], first, result)
             done = done | accepted
 
-            unlucky = (i <= 0) | (torch.rand(batch, device=device) < a / i)
-            count = count.masked_fill(~equal & unlucky, 0)         # to start
+            starts_anew = (i <= 0) | (torch.rand(batch, device=device) < a / i)
+            count = count.masked_fill(~equal & starts_anew, 0)
 
         if (done | (calls >= max_calls)).all():
             break
