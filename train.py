@@ -83,10 +83,10 @@ SMALL = dict(latent_dim=32, n_head_layer=1,
 
 # A preset is a set of defaults for the flags. latent_dim and block_size are those for K = 4.
 PRESETS = {
-    # Two cores of a laptop, in less than ten minutes.
+    # Two cores of a laptop, in eight to ten minutes.
     "nano": SMALL | dict(n_layer=4, n_embd=128, n_head=2, n_ff=344, block_size=128,
                          batch_size=4, max_steps=5000, ae_max_steps=350),
-    # One GPU, in less than ten minutes.
+    # One GPU: meant for ten minutes, not yet timed from start to end.
     "mini": SMALL | dict(data="site-packages",
                          n_layer=8, n_embd=768, n_head=12, n_ff=2048, n_head_layer=2,
                          block_size=256, batch_size=16, grad_accum=2, lr=3e-3,
