@@ -22,6 +22,8 @@ import sys
 import sysconfig
 import urllib.request
 import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +47,7 @@ SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl")   # what is read in a folde
 NOT_SEARCHED = {"node_modules", "venv", "__pycache__", "site-packages", "dist-packages"}
 SECTION = 8 << 10     # bytes: a longer text is cut into documents of about this size
 LONGEST = 128 << 10   # the same for .md and .py, so that none is most of the validation split
+BATCH = 1 << 20       # bytes: a thread encodes as many at a time
 LITTLE = 4 << 20      # bytes: with less text, the share that the hashes hold out is looked at
 CONTROL = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})   # bytes that hardly occur in text
 
@@ -139,15 +142,59 @@ def encode(tokenizer, text, source="the text"):
     """bytes -> list of ids. The byte tokenizer takes any bytes; the others need UTF-8."""
     if tokenizer.name == "bytes":
         return list(text)
+    ids = []
+    for part in strings(text, source):
+        ids += tokenizer.encode_ordinary(part)
+    return ids
+
+
+def strings(text, source):
+    """bytes -> list of strings of at most LONGEST characters: tiktoken dies of a million blanks."""
     try:
         text = text.decode("utf-8")
     except UnicodeDecodeError as error:
         fail(f"{source} is not UTF-8 (byte {error.start}): "
              "only --tokenizer bytes takes any bytes")
-    ids = []
-    for start in range(0, len(text), LONGEST):   # in parts: tiktoken dies of a million blanks
-        ids += tokenizer.encode_ordinary(text[start:start + LONGEST])
-    return ids
+    return [text[start:start + LONGEST] for start in range(0, len(text), LONGEST)]
+
+
+def encode_all(tokenizer, pairs):
+    """Encode (path, document) pairs with all cores. Yields (document, ids), in their order; ids is
+    an array. Only a few batches of documents are in memory at a time."""
+    if tokenizer.name == "bytes":
+        for _, text in pairs:
+            yield text, np.frombuffer(text, np.uint8)
+        return
+
+    def encode_batch(batch):
+        # A special token that is written out in a text is text like any other.
+        return [(text, np.concatenate([tokenizer.encode_to_numpy(part, disallowed_special=())
+                                       for part in parts])) for text, parts in batch]
+
+    threads = torch.get_num_threads()   # as many as there are cores, or OMP_NUM_THREADS
+    in_work = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in batches((text, strings(text, path)) for path, text in pairs):
+            in_work.append(pool.submit(encode_batch, batch))
+            if len(in_work) > 2 * threads:
+                yield from in_work.popleft().result()
+        for done in in_work:
+            yield from done.result()
+
+
+def batches(pairs):
+    """(document, anything) pairs -> lists of them, with about BATCH bytes of text in each."""
+    batch = []
+    size = 0
+    for text, other in pairs:
+        batch.append((text, other))
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
 
 
 def decode(tokenizer, ids):
@@ -440,7 +487,8 @@ def write_data(folder, meta, texts, enc):
         meta.update(write_splits(partial, texts, enc, meta["val_fraction"]))
         meta["vocabulary"] = vocabulary_of(enc)
         meta["checksum"] = checksum(meta)
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2))
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in meta.items()]
+        (partial / "meta.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
         folder.mkdir(exist_ok=True)
         for file in FILES:
             (partial / file).replace(folder / file)
@@ -546,16 +594,18 @@ def write_splits(folder, texts, enc, val_fraction):
     """
     sizes = (np.uint8, np.uint16, np.uint32)
     dtype = next(d for d in sizes if enc.n_vocab <= np.iinfo(d).max + 1)
-    border = border_token(enc)
+    border = dtype(border_token(enc)).tobytes()
     documents = 0
     tokens = {"train": 0, "val": 0}
+    hashes = {split: hashlib.sha256() for split in tokens}
     pairs, bound = hold_out(texts, val_fraction)
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-        for path, text in pairs:
-            ids = [border, *encode(enc, text, path)]
+        for text, ids in encode_all(enc, pairs):
             split = "val" if fraction_of(text) < bound else "train"
-            (val if split == "val" else train).write(np.array(ids, dtype).tobytes())
-            tokens[split] += len(ids)
+            written = border + ids.astype(dtype).tobytes()
+            (val if split == "val" else train).write(written)
+            hashes[split].update(written)
+            tokens[split] += 1 + len(ids)
             documents += 1
     if documents == 0:
         fail("no text there: empty files cannot be prepared")
@@ -566,10 +616,14 @@ def write_splits(folder, texts, enc, val_fraction):
               file=sys.stderr)
         shutil.copyfile(folder / f"{full}.bin", folder / f"{empty}.bin")
         tokens[empty] = tokens[full]
+        hashes[empty] = hashes[full]
     return {"dtype": np.dtype(dtype).name, "documents": documents,
             "train_tokens": tokens["train"], "val_tokens": tokens["val"],
             "val_repeats_train": repeats,
-            "fingerprint": [fingerprint(folder / "train.bin"), fingerprint(folder / "val.bin")]}
+            # Of all bytes: which text a model was trained on.
+            "fingerprint": [hashes[split].hexdigest()[:16] for split in ("train", "val")],
+            # Of a sample of them: are the files still what was written?
+            "spot_check": [spot_check(folder / f"{split}.bin") for split in ("train", "val")]}
 
 
 def fraction_of(text):
@@ -577,10 +631,17 @@ def fraction_of(text):
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
 
 
-def fingerprint(path):
-    """A hash of a file."""
+def spot_check(path):
+    """A hash of a file's size and of 64 blocks of it, of 16 KB each and evenly spread: of all of it
+    up to 1 MB. It takes as long for a terabyte."""
+    block = 1 << 14
+    size = path.stat().st_size
+    found = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        for i in range(64):
+            file.seek(max(size - block, 0) * i // 63)
+            found.update(file.read(block))
+    return found.hexdigest()[:16]
 
 
 def checksum(meta):
@@ -664,9 +725,9 @@ def load_data(name):
         if meta.pop("checksum") != checksum(meta):
             raise ValueError("a value in it has changed")
         splits = {}
-        for split, expected in zip(("train", "val"), meta["fingerprint"]):
+        for split, expected in zip(("train", "val"), meta["spot_check"]):
             path = folder / f"{split}.bin"
-            if not path.is_file() or fingerprint(path) != expected:
+            if not path.is_file() or spot_check(path) != expected:
                 raise ValueError(f"{path.name} is not, or no longer, what was prepared")
             if meta[f"{split}_tokens"] > 0:
                 splits[split] = np.memmap(path, meta["dtype"], "r")

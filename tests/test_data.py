@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiktoken
+import torch
 
 import data.prepare
 from data.console import remove_leftovers, temporary
@@ -210,6 +211,18 @@ def test_a_million_blanks_are_encoded(vocabulary):
     assert decode(enc, encode(enc, text)) == text
 
 
+def test_several_threads_encode_as_one_does(vocabulary, monkeypatch):
+    """In the order of the text, and what looks like a special token as text."""
+    monkeypatch.setattr(data.prepare, "BATCH", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    enc = get_tokenizer(str(vocabulary))
+    random.seed(0)
+    texts = ["".join(random.sample(ODD, 9)).encode() for _ in range(200)]
+    found = list(data.prepare.encode_all(enc, [(None, text) for text in texts]))
+    assert [text for text, _ in found] == texts
+    assert all(ids.tolist() == encode(enc, text) for text, ids in found)
+
+
 def test_a_tokenizer_file_is_kept_with_the_tokens(data_dir, tmp_path, vocabulary):
     """Its merges are used, <|begin_of_text|> is the border, and the file is not needed again."""
     text = tmp_path / "story.txt"
@@ -391,6 +404,24 @@ def test_damaged_data_are_said(file, old, new, foxes, data_dir, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"error: {data_dir / foxes}: meta.json or tokens damaged")
     assert error.count("\n") == 1 and "prepare anew" in error
+
+
+def test_a_data_set_of_20_gb_opens_at_once(foxes, data_dir):
+    path = data_dir / foxes / "train.bin"
+    with open(path, "r+b") as file:
+        file.truncate(20 << 30)   # by zeros that take no room on the disk
+        file.seek(-20, os.SEEK_END)
+        file.write(np.arange(10, dtype=np.uint16).tobytes())
+    meta = json.loads((data_dir / foxes / "meta.json").read_text())
+    del meta["checksum"]
+    meta["spot_check"][0] = data.prepare.spot_check(path)
+    meta["checksum"] = data.prepare.checksum(meta)
+    (data_dir / foxes / "meta.json").write_text(json.dumps(meta))
+    began = time.perf_counter()
+    opened = load_data(foxes)
+    assert time.perf_counter() - began < 1
+    assert len(opened.train) == 10 << 30
+    assert opened.batch("train", [len(opened.train) - 10], 10).tolist() == [list(range(10))]
 
 
 # --- Nothing of the user's is lost ---------------------------------------------------------
