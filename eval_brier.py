@@ -22,14 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from autoencoder import posterior_samples
 from calm import AR, KVCache, flops_per_token
 from data.checkpoint import check_tokenizer
-from data.console import Parser, bar_options, clean_end, fail, within
+from data.console import Parser, clean_end, fail, within
 from data.figure import plot
-from data.machine import autocast, seed_noise
+from data.machine import autocast, seed_noise, share_out
 from data.prepare import load_data
 from sample import (add_model_flags, algorithm_2, check_vocabulary, draw, generate, load,
                     load_model)
@@ -225,16 +224,19 @@ def score_documents(model, data, device, dtype, windows=375, stride=None, contex
     to the next. (Defaults: see `grid`.) An n-gram is predicted from all that precedes it in its
     window. With one stride and one context all models are scored at the same n-grams.
     num_draws: S, samples per position. sampling: other arguments of `draw`.
+    The processes of a run share the work; the scores are the same for any number of them.
     """
     stride, context = grid(model, stride, context)
     offsets = data.even_offsets("val", windows, context)
-    scores = []
+    batches = range(0, len(offsets), 32)
+
+    def score_batch(i):
+        seed_noise(seed, i)
+        tokens = data.batch("val", offsets[i:i + 32], context).to(device)
+        return score_windows(model, tokens, stride, num_draws, **sampling).cpu()
+
     with autocast(device, dtype):
-        batches = range(0, len(offsets), 32)
-        for i in tqdm(batches, desc="BrierLM", disable=not progress, leave=False, **bar_options()):
-            seed_noise(seed, i)
-            tokens = data.batch("val", offsets[i:i + 32], context).to(device)
-            scores.append(score_windows(model, tokens, stride, num_draws, **sampling).cpu())
+        scores = share_out(score_batch, batches, "BrierLM" if progress else None)
     scores = torch.cat(scores, dim=1).double()                     # (2, windows, starts, 4)
 
     starts = stride * np.arange(1, scores.shape[2] + 1)            # of the n-grams of a window

@@ -89,8 +89,9 @@ PRESETS = {
     # One GPU: meant for ten minutes, not yet timed from start to end.
     "mini": SMALL | dict(data="site-packages",
                          n_layer=8, n_embd=768, n_head=12, n_ff=2048, n_head_layer=2,
-                         block_size=256, batch_size=16, grad_accum=2, lr=3e-3,
-                         max_steps=9600, ae_max_steps=2000),
+                         block_size=256, batch_size=32, lr=3e-3,
+                         max_steps=9600, ae_max_steps=2000,
+                         eval_interval=1000),   # a checkpoint has 0.6 GB
     "S": PAPER | dict(n_layer=12, n_embd=768, n_ff=2048, n_head_layer=3),
     "M": PAPER | dict(n_layer=16, n_embd=1024, n_ff=2752, n_head_layer=4),
     "L": PAPER | dict(n_layer=16, n_embd=1536, n_ff=4096, n_head_layer=4),
@@ -312,6 +313,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         # float16 has too small a range for powers of singular values.
         self.dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.update = muon_update   # `train` compiles it where it compiles the model
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -319,22 +321,27 @@ class Muon(torch.optim.Optimizer):
             same_shape = {}   # matrices of one shape are updated together
             for p in group["params"]:
                 same_shape.setdefault(p.shape, []).append(p)
-            for matrices in same_shape.values():
-                self.update(matrices, group)
+            for (rows, columns), matrices in same_shape.items():
+                state = self.state[matrices[0]]                    # one for all n of them
+                if not state:
+                    state["average"] = matrices[0].new_zeros(len(matrices), rows, columns)
+                step_size = group["lr"] * max(1, rows / columns) ** 0.5    # Jordan's, if it is tall
+                shrink = 1 - group["lr"] * group["weight_decay"]
+                # As tensors: torch.compile would compile the function anew for each number.
+                numbers = [torch.full((), x, device=p.device) for x in (step_size, shrink)]
+                self.update(matrices, [p.grad for p in matrices], state["average"],
+                            group["momentum"], *numbers, self.dtype)
 
-    def update(self, matrices, group):
-        """A step of n matrices of one shape."""
-        gradient = torch.stack([p.grad for p in matrices])         # (n, rows, columns)
-        state = self.state[matrices[0]]                            # one for all n of them
-        if not state:
-            state["average"] = torch.zeros_like(gradient)
-        average = state["average"].lerp_(gradient, 1 - group["momentum"])
-        nesterov = gradient.lerp(average, group["momentum"])
-        rows, columns = matrices[0].shape
-        step_size = group["lr"] * max(1, rows / columns) ** 0.5    # Jordan's, for tall matrices
-        updates = step_size * orthogonal(nesterov.to(self.dtype)).type_as(gradient)
-        for p, update in zip(matrices, updates):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
+
+def muon_update(matrices, gradients, average, momentum, step_size, shrink, dtype):
+    """A step of n matrices of one shape. average (n, rows, columns): the momentum; step_size and
+    shrink, tensors of one number; dtype: of the matrix products."""
+    gradient = torch.stack(gradients)                              # (n, rows, columns)
+    average.lerp_(gradient, 1 - momentum)
+    nesterov = gradient.lerp(average, momentum)
+    updates = step_size * orthogonal(nesterov.to(dtype)).type_as(gradient)
+    for p, update in zip(matrices, updates):
+        p.mul_(shrink).sub_(update)
 
 
 def orthogonal(g):
@@ -421,11 +428,12 @@ def micro_batches(data, seed, machine, kind, step, count, batch_size, length):
     for micro in range(machine.rank, total, machine.size):
         seed_noise(seed, number, step, micro)
         own = offsets[micro * batch_size:(micro + 1) * batch_size]
-        yield data.batch("train", own, length).to(machine.device)
+        yield machine.to_device(data.batch("train", own, length))
 
 
 def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
-    """One optimizer step over `count` micro-batches -> their mean loss, the norm of its gradient.
+    """One optimizer step over `count` micro-batches -> their mean loss (a tensor), and the norm of
+    its gradient (a float).
 
     model: as it is, or compiled, or as DistributedDataParallel.
     """
@@ -440,9 +448,12 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    # Here, and nowhere else in a step, this program waits for a GPU: to read the norm. The
+    # optimizers are only started; while they work, the next batch is made.
+    norm = norm.item()
     # No step if the gradient is not finite. (scaler.step would ask that of each optimizer alone, so
     # that one might move its weights and another not.)
-    if norm.isfinite():
+    if math.isfinite(norm):
         for optimizer in optimizers:
             optimizer.step()
     model.zero_grad()
@@ -503,6 +514,8 @@ class Stage:
         self.flops_before = flops_before
         self.first_step = 1
         self.tokens_before = 0                                     # read before first_step
+        self.tokens_shown = 0                                      # by the last report
+        self.seconds_shown = 0.0
         self.skip = False                                          # is it trained already?
         machine.check_same(checksums(self.path), self.path)
         if self.path.exists():
@@ -589,19 +602,29 @@ class Stage:
         return self.flops_before + self.token_flops * self.tokens_at(step)
 
     def report(self, bar, step, loss, seconds, metrics):
-        """Show how far it is, on the terminal and in the log. seconds: in training so far."""
+        """Show how far it is, on the terminal and in the log. seconds: in training so far. Speed is
+        that since the last report; its TFLOP/s are by the paper's count of FLOPs."""
         tokens = self.tokens_at(step)
+        speed = (tokens - self.tokens_shown) / max(seconds - self.seconds_shown, 1e-9)
+        self.tokens_shown = tokens
+        self.seconds_shown = seconds
         if metrics:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             self.machine.say(f"{self.kind} step {step}: loss {loss:.4g}, {shown}")
+        teraflops = speed * self.token_flops / 1e12
         self.machine.show(bar.set_postfix,   # False: it is shown with the next step
-                          {"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}"}, False)
+                          {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}",
+                           "TFLOP/s": f"{teraflops:.3g}"}, False)
         if self.machine.is_first:
             append_log(self.log, {
                 "stage": self.kind, "chunk_size": self.args.chunk_size, "step": step, "loss": loss,
-                "tokens": tokens, "seconds": round(seconds, 2),
-                "lr": self.optimizers[0].param_groups[0]["lr"], "flops": self.flops_at(step),
-                **metrics})
+                "tokens": tokens, "seconds": round(seconds, 2), "flops": self.flops_at(step),
+                "tokens_per_s": speed, "tflops_per_s": teraflops,
+                "lr": self.optimizers[0].param_groups[0]["lr"], **metrics})
+        if step == self.config.max_steps:
+            mean = tokens / seconds
+            self.machine.say(f"{self.kind}: {tokens:,} tokens in {seconds:,.0f} s of training, "
+                             f"{mean:,.0f} a second, {mean * self.token_flops / 1e12:.3g} TFLOP/s")
 
     def save(self, step):
         """Write the checkpoint; the first process does."""
@@ -636,7 +659,32 @@ class Stage:
                 f"{self.tokens_per_step:,} tokens (reads the text {times:,.2f} times), "
                 f"{flops:.2e} FLOPs, on {machine.size} x "
                 f"{machine.device.type} in {machine.dtype}"
-                f"{', compiled' if machine.compiles else ''}")
+                f"{', compiled' if self.compiles() else ''}")
+
+    def compiles(self):
+        """Is it compiled? Unless --compile says "on", only a stage that is long enough: to compile
+        takes about a minute, which a stage of fewer micro-batches would not win back."""
+        long = self.config.max_steps * self.config.grad_accum >= 4000
+        return self.machine.compiles and (long or self.args.compile == "on")
+
+    def faster_model(self):
+        """What computes the loss: the model, compiled, and shared among the processes."""
+        model = self.model
+        if self.compiles():
+            model = torch.compile(model)
+            for optimizer in self.optimizers:
+                if isinstance(optimizer, Muon):
+                    optimizer.update = torch.compile(muon_update, dynamic=False)   # a shape at once
+        if self.machine.size > 1:   # around the compiled model: torch advises this order
+            model = DistributedDataParallel(model)
+        return model
+
+    def rewind(self):
+        """Drop from the log what is to be made anew -> seconds in training until then."""
+        if self.machine.is_first:
+            self.seconds_shown = rewind_log(self.log, self.kind, self.first_step - 1)
+        self.tokens_shown = self.tokens_at(self.first_step - 1)
+        return self.seconds_shown
 
     def say_if_best_before(self):
         """Say so if the validation loss was lower by over 1 % at an earlier step than at the last:
@@ -666,13 +714,8 @@ def train(stage):
         fail(f"{stage.path} is at step {stage.first_step - 1:,}: "
              f"--{flag('max_steps', stage.kind)} must be at least that")
     machine.say(stage.describe())
-    model = torch.compile(stage.model) if machine.compiles else stage.model
-    if machine.size > 1:   # around the compiled model: torch advises this order
-        model = DistributedDataParallel(model)
-    earlier_seconds = 0.0
-    if machine.is_first:
-        earlier_seconds = rewind_log(stage.log, stage.kind, stage.first_step - 1)
-    started = time.time() - earlier_seconds
+    model = stage.faster_model()
+    started = time.time() - stage.rewind()
     bar = tqdm(total=config.max_steps, initial=stage.first_step - 1, desc=stage.kind, unit="step",
                disable=not machine.is_first, **bar_options())
     machine.listen()   # for Ctrl-C
@@ -690,7 +733,7 @@ def train(stage):
         stopping = machine.any_interrupted()
         # A gradient that is not finite ends the run; in float16 only once the scale has gone down
         # to 1, for a large scale may be the reason. (Without a scaler the scale is 1.)
-        broken = not norm.isfinite() and stage.scaler.get_scale() <= 1
+        broken = not math.isfinite(norm) and stage.scaler.get_scale() <= 1
         if not (evaluating or stopping or broken or step == 1 or step % args.log_interval == 0):
             continue
         loss = machine.mean(loss)
@@ -750,9 +793,8 @@ def train_all(args, data, machine):
     if total_flops:
         stage.set_budget(total_flops)
     flops = train(stage)
-    if machine.is_first:
-        finish(cast_matrices(model.eval(), machine.dtype), args, data, machine, flops,
-               cost["inference"])
+    finish(cast_matrices(model.eval(), machine.dtype), args, data, machine, flops,
+           cost["inference"])
     machine.barrier()   # gloo may abort a process that leaves before the others
 
 
@@ -774,7 +816,9 @@ def open_data(args, machine):
 def finish(model, args, data, machine, flops, inference_flops):
     """BrierLM, a held-out text continued, and what to run next."""
     result = eval_brier.evaluate(model, data, machine.device, machine.dtype, stride=args.stride,
-                                 progress=True)
+                                 progress=True)   # which all processes share
+    if not machine.is_first:
+        return
     print("\n" + eval_brier.describe(result))
     append_log(args.out_dir / "log.jsonl", {
         "stage": args.model, "chunk_size": args.chunk_size, "step": args.max_steps, "seconds": 0.0,

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.console import fail
+from data.console import bar_options, fail
 
 
 # --- Device and precision ------------------------------------------------------------------
@@ -111,6 +111,8 @@ class Machine:
         if self.compiles:
             # torch.compile advises TF32, which is too coarse for distances between vectors.
             warnings.filterwarnings("ignore", "TensorFloat32")
+            # By default a function may be compiled for 8 shapes; Muon's matrices may have more.
+            torch._dynamo.config.recompile_limit = 64
             if missing := why_not_compile(self.device):
                 self.compiles = False
                 self.say(f"not compiled: {missing}")
@@ -118,12 +120,21 @@ class Machine:
     def autocast(self):
         return autocast(self.device, self.dtype)
 
+    def to_device(self, tokens):
+        """Copy a batch to the device. From pinned memory a GPU takes it while this program goes on;
+        else it would wait until the GPU has done all that was asked of it before."""
+        if self.device.type == "cuda":
+            tokens = tokens.pin_memory()
+        return tokens.to(self.device, non_blocking=True)
+
     def mean(self, value):
         """The mean over the processes of a number on each of them -> float."""
-        value = torch.as_tensor(float(value), device=self.device)
-        if self.size > 1:
-            dist.all_reduce(value)
-        return value.item() / self.size
+        value = float(value)
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64)   # on the CPU: no GPU is asked to wait
+        dist.all_reduce(total)
+        return total.item() / self.size
 
     def barrier(self):
         """Wait until every process has come here, for a day at most: while the first prepares data,
@@ -193,6 +204,28 @@ class Machine:
         return self.mean(self.interrupted) > 0
 
 
+def share_out(work, items, title=None):
+    """[work(item) for item in items], a list of which each process of the run makes a part; all of
+    them get the whole. work(item) must not depend on what a process has done before.
+
+    title: of a progress bar; None: there is none.
+    """
+    many = dist.is_initialized()
+    size = dist.get_world_size() if many else 1
+    rank = dist.get_rank() if many else 0
+    bar = tqdm(items[rank::size], desc=title, disable=title is None or rank > 0, leave=False,
+               **bar_options())
+    parts = [[work(item) for item in bar]]
+    if many:
+        mine = parts[0]
+        parts = [None] * size
+        dist.all_gather_object(parts, mine)
+    results = [None] * len(items)
+    for rank, part in enumerate(parts):
+        results[rank::size] = part
+    return results
+
+
 PATIENCE = timedelta(minutes=10)   # how long a process waits for one that hangs, or never comes
 
 
@@ -206,7 +239,7 @@ def join_processes(device):
         if not 0 <= rank < size:
             raise ValueError(f"RANK {rank} of {size}")
         if size > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             python = signal.signal(signal.SIGINT, signal.SIG_DFL)   # Python would not hear Ctrl-C
             dist.init_process_group(backend, timeout=PATIENCE)
             atexit.register(dist.destroy_process_group)

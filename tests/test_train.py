@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import autoencoder as autoencoder_script
 import bench
@@ -198,13 +199,71 @@ def test_a_run_goes_on_in_another_precision(first, second, fit, tmp_path):
     assert losses(tmp_path, "ar")[20] < losses(tmp_path, "ar")[1]
 
 
+# --- Speed ---------------------------------------------------------------------------------
+class Reads(TorchDispatchMode):
+    """Counts what a program reads of a tensor as a number (item, bool, float): there it would wait
+    for a GPU."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", ["calm", "ar"])
+def test_a_step_reads_one_number(model, fit, tmp_path):
+    """The norm of the gradient, whatever the number of micro-batches."""
+    counts = []
+    for steps in (10, 20):
+        flags = ["--model", model, "--optimizer", "muon", "--grad_accum", 2, "--ae_max_steps", 2,
+                 "--max_steps", steps, "--log_interval", 1000, "--eval_interval", 1000]
+        with Reads() as reads:
+            fit(tmp_path / str(steps), *flags)
+        counts.append(reads.count)
+    assert counts[1] - counts[0] == 10
+
+
+def test_the_log_says_how_fast_it_was(trained):
+    """Since the entry before. TFLOP/s are those of flops."""
+    entries = [entry for entry in log_of(trained / "out") if entry["stage"] == "calm"]
+    for before, entry in zip(entries, entries[1:-1]):
+        seconds = entry["seconds"] - before["seconds"]
+        speed = (entry["tokens"] - before["tokens"]) / seconds
+        assert entry["tokens_per_s"] == pytest.approx(speed, rel=0.02 / seconds)
+        teraflops = (entry["flops"] - before["flops"]) / (entry["tokens"] - before["tokens"]) / 1e12
+        assert entry["tflops_per_s"] == pytest.approx(entry["tokens_per_s"] * teraflops, rel=1e-3)
+
+
+def test_only_a_stage_that_wins_it_back_is_compiled():
+    """Of `mini` that is not the autoencoder; --compile on compiles each."""
+    machine = SimpleNamespace(compiles=True)
+
+    def compiled(*flags):
+        args = train.parse_args(["--preset", "mini", *flags])
+        stages = []
+        for kind in train.KINDS:
+            config = train.config_of(train.TrainConfig, args, kind)
+            stages.append(SimpleNamespace(machine=machine, args=args, config=config))
+        return [train.Stage.compiles(stage) for stage in stages]
+
+    assert compiled() == [False, True, True]
+    assert compiled("--max_steps", "100") == [False, False, False]
+    assert compiled("--max_steps", "100", "--compile", "on") == [True, True, True]
+
+
 # --- Several processes ---------------------------------------------------------------------
 def test_two_processes_go_the_whole_road_from_an_empty_folder(foxes, data_dir, tmp_path):
-    done = torchrun(2, "--data", data_dir / foxes, "--out_dir", tmp_path, *TINY,
-                    "--ae_max_steps", 4, "--max_steps", 4, "--ae_grad_accum", 2, "--grad_accum", 2)
+    """The last evaluation, which they share, is that of a single process to the digit."""
+    flags = ["--data", data_dir / foxes, "--out_dir", tmp_path]
+    done = torchrun(2, *flags, *TINY, "--block_size", 8, "--ae_max_steps", 4, "--max_steps", 4,
+                    "--ae_grad_accum", 2, "--grad_accum", 2)
     assert done.returncode == 0 and "BrierLM" in done.stdout, done.stderr
     for kind in ("autoencoder", "calm"):
         assert checkpoint_of(tmp_path, kind)["done"] and checkpoint_of(tmp_path, kind)["step"] == 4
+    shared = log_of(tmp_path)[-1]
+    assert torchrun(1, *flags, "--resume", "--device", "cpu").returncode == 0
+    assert shared["final"] and shared["positions"] > 32 * 7   # more windows than a batch has
+    assert log_of(tmp_path)[-1] == shared
 
 
 COMPILED = """import functools, sys, torch
@@ -241,7 +300,7 @@ def test_two_processes_make_the_steps_of_one(model, compiled, fit, foxes, data_d
 def test_every_micro_batch_has_noise_of_its_own(trained):
     """A function of seed, kind of model, step and micro-batch, and of each of them."""
     data = load_data(trained / "foxes4")
-    machine = SimpleNamespace(size=1, rank=0, device="cpu")
+    machine = SimpleNamespace(size=1, rank=0, to_device=lambda tokens: tokens)
 
     def noise(seed, kind, step):
         batches = train.micro_batches(data, seed, machine, kind, step, 3, 2, 16)
@@ -256,7 +315,7 @@ def test_every_micro_batch_has_noise_of_its_own(trained):
 @pytest.mark.parametrize("flags, processes, advice", [
     (["--preset", "mini"], 8, "start 1, or --ae_grad_accum 8 --ae_batch_size 1 --grad_accum 8 "
                               "--batch_size 4"),
-    (["--preset", "mini", "--model", "ar"], 3, "start 1 or 2"),
+    (["--preset", "mini", "--model", "ar", "--grad_accum", "2"], 3, "start 1 or 2"),
     (["--preset", "M"], 8, None)])
 def test_a_batch_that_cannot_be_shared_equally_is_refused_with_what_works(
         flags, processes, advice, monkeypatch, capsys):
