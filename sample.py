@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from calm import AR, CALM, HEADS, ARConfig, CALMConfig, KVCache
 from data.checkpoint import DEFAULT_RUN, load_checkpoint, load_tokenizer
-from data.console import Parser, clean_end, fail, within
+from data.console import Parser, bar_options, clean_end, fail, within
 from data.machine import autocast, select_device, select_dtype
 from data.prepare import border_token, decode, encode, get_tokenizer
 from data.published import read_official
@@ -394,30 +395,57 @@ def check_vocabulary(model, tokenizer):
 
 
 def write(model, tokenizer, tokens, prompt, args, sampler):
-    """Print the prompt, a list of ids, and what follows as it is drawn.
+    """Print the prompt, a list of ids, and what follows: one text as it is drawn, several when all
+    are done.
 
-    tokens (1, P): what the model goes on from, which may have more in front.
+    tokens (1, P): what the model goes on from, which may have more in front than the prompt.
     """
     eot = border_token(tokenizer)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")   # characters may span chunks
-    calls = []                                                   # samples that each chunk took
-    made = 0
+    calls = []                                                     # samples that each chunk took
+    drawn = []                                                     # chunks (texts, K)
     began = time.time()
-    print(show(tokenizer, prompt), end="", flush=True)
-    for new in stream(model, tokens, args.max_new_tokens, args.temperature, eot, sampler=sampler,
-                      calls=calls):
-        ids = new[0].tolist()[:args.max_new_tokens - made]
-        ids = [t for t in ids if t != eot]
-        made += len(ids)
-        text = decoder.decode(decode(tokenizer, ids))
-        if args.chunks and text:
-            text = "|" + text
-        print(text, end="", flush=True)
+    chunks = stream(model, tokens.expand(args.texts, -1), args.max_new_tokens, args.temperature,
+                    eot, sampler=sampler, calls=calls)
+    chunks = kept_in(drawn, chunks)
+    start = show(tokenizer, prompt)
+    if args.texts == 1:
+        print(start, end="", flush=True)
+        for part in parts_of_text(chunks, 0, tokenizer, args):
+            print(part, end="", flush=True)
+        print()
+    else:
+        total = math.ceil(args.max_new_tokens / model.chunk_size)
+        for _ in tqdm(chunks, desc="write", total=total, unit="chunk", **bar_options()):
+            pass
+        for i in range(args.texts):
+            text = start + "".join(parts_of_text(drawn, i, tokenizer, args))
+            print(f"--- text {i + 1} {'-' * 66}\n{text}")
     seconds = time.time() - began
-    print(decoder.decode(b"", final=True))
+    made = sum((chunk != eot).sum().item() for chunk in drawn)
+    made = min(made, args.texts * args.max_new_tokens)             # the last chunk may be cut
     cost = describe_calls(calls, args) if calls else ""
     print(f"[{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s{cost}]",
           file=sys.stderr)
+
+
+def kept_in(values, iterator):
+    """The values of an iterator, which are also put into a list."""
+    for value in iterator:
+        values.append(value)
+        yield value
+
+
+def parts_of_text(chunks, i, tokenizer, args):
+    """Chunks (texts, K), one after the other -> the text of row i, string by string."""
+    eot = border_token(tokenizer)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")     # characters may span chunks
+    left = args.max_new_tokens
+    for chunk in chunks:
+        ids = [t for t in chunk[i].tolist()[:left] if t != eot]
+        left -= chunk.shape[1]
+        text = decoder.decode(decode(tokenizer, ids))
+        yield "|" + text if args.chunks and text else text
+    yield decoder.decode(b"", final=True)
 
 
 def describe_calls(calls, args):
@@ -444,7 +472,7 @@ def read_prompt(args, tokenizer, context):
 
 
 def main():
-    with clean_end(when_memory_is_full="lower --num_candidates"):
+    with clean_end(when_memory_is_full="lower --texts or --num_candidates"):
         parser = Parser(description="Write text with a trained model.")
         add = parser.add_argument
         add_model_flags(add)
@@ -454,6 +482,7 @@ def main():
             "- for stdin; empty starts a document")
         add("--max_new_tokens", type=within(1), default=500,
             help="tokens, if the document does not end before")
+        add("--texts", type=within(1), default=1, help="how many, side by side")
         add("--chunks", action="store_true", help="a bar before each chunk")
         add("--temperature", type=within(1e-6, 1, float), default=1.0, help="in (0, 1]")
         add("--sampler", default="as_needed", choices=("as_needed", "batch", "exact"),

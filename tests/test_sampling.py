@@ -3,6 +3,7 @@
 Statistical claims are tested five standard errors wide, or at a p-value of 1e-5.
 """
 import math
+import re
 
 import pytest
 import torch
@@ -293,6 +294,20 @@ def test_same_seed_same_text_another_seed_another(write):
     flags = ["--model", "ar", "--max_new_tokens", 30]
     first, again, other = (write(*flags, "--seed", seed).out for seed in (1, 1, 2))
     assert first == again != other
+
+
+@pytest.mark.parametrize("model", ["calm", "ar"])
+def test_several_texts_are_drawn_side_by_side(model, write):
+    """Each begins with the prompt and is whole; the same seed draws the same texts."""
+    flags = ["--model", model, "--start", "the quick", "--max_new_tokens", 39, "--texts", 3]
+    result = write(*flags)
+    texts = re.split(r"--- text \d -+\n", result.out)[1:]
+    assert len(texts) == 3 and len(set(texts)) > 1
+    assert all(text.startswith("the quick") and len(text) == 9 + 39 + 1 for text in texts)
+    assert "[117 tokens in" in result.err
+    assert write(*flags).out == result.out
+    barred = write(*flags, "--chunks").out
+    assert barred.replace("|", "") == result.out and barred.count("|") >= 30
 
 
 def test_a_bar_stands_before_each_chunk(write):
