@@ -378,9 +378,12 @@ class CALM(nn.Module):
         """Ours, not the paper's, and in training only: h (P, D) also predicts each token of the
         next chunk, targets (P, K), by a softmax -> mean cross-entropy in nats. For V > 4,096 only
         at P / aux_every random positions, which bounds the memory of the logits."""
-        some = torch.randperm(len(h), device=h.device)[::self.aux_every]
-        logits = self.aux(h[some]).unflatten(-1, (self.chunk_size, -1)).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets[some].flatten())
+        if self.aux_every > 1:
+            some = torch.randperm(len(h), device=h.device)[::self.aux_every]
+            h = h[some]
+            targets = targets[some]
+        logits = self.aux(h).unflatten(-1, (self.chunk_size, -1)).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class AR(nn.Module):

@@ -21,9 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # so that it runs from anywhere
 
 import torch
+import torch.nn.functional as F
 
 import train
-from calm import energy_score, flops_per_token
+from calm import AR, energy_score, flops_per_token, rotate
 from autoencoder import posterior_samples
 from data.console import Parser, within
 from data.machine import Machine
@@ -153,6 +154,61 @@ def generation(calm, ar, args, machine, seconds):
             "ar_T1_b32": speed(ar, few, texts=32)}
 
 
+def one_graph_step(model, B):
+    """A step of generation with B texts as torch.compile can make a single graph of it, on a GPU a
+    CUDA graph: a cache of a fixed size, and the position a tensor. Is it worth having?
+    -> step(tokens (B, K), position (1,)) -> tokens (B, K)"""
+    c = model.config
+    transformer = model.transformer
+    heads = (c.n_head, -1)
+    embed = model.embed_tokens if isinstance(model, AR) else model.inputs
+    places = torch.arange(c.block_size, device=transformer.cos.device)
+    caches = [torch.zeros(2, B, c.n_head, c.block_size, c.n_embd // c.n_head, device=places.device,
+                          dtype=model.transformer.layers[0].self_attn.q_proj.weight.dtype)
+              for _ in transformer.layers]
+
+    def step(tokens, position):
+        x = embed(tokens)                                          # (B, 1, D)
+        cos = transformer.cos[position]
+        sin = transformer.sin[position]
+        mask = (places <= position)[None]                          # (1, block_size)
+        for layer, cache in zip(transformer.layers, caches):
+            y = layer.input_layernorm(x)
+            attention = layer.self_attn
+            q, k, v = (proj(y).unflatten(-1, heads).transpose(1, 2) for proj in
+                       (attention.q_proj, attention.k_proj, attention.v_proj))
+            cache[0].index_copy_(2, position, rotate(k, cos, sin).type_as(v))
+            cache[1].index_copy_(2, position, v)
+            q = rotate(q, cos, sin).type_as(v)
+            y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=mask)
+            x = x + attention.o_proj(y.transpose(1, 2).flatten(-2))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return model.sample_chunks(transformer.norm(x)[:, -1], 1)[0]
+
+    mode = "reduce-overhead" if places.device.type == "cuda" else None
+    return torch.compile(step, dynamic=False, mode=mode)
+
+
+@torch.inference_mode()
+def one_graph(model, args, machine, seconds, texts=1):
+    """Tokens per second of `one_graph_step` at T = 1, and the seconds that compiling took."""
+    K = model.chunk_size
+    step = one_graph_step(model, texts)
+    positions = torch.arange(model.config.block_size, device=machine.device)[:, None]
+    new = min(len(positions), 64)
+
+    def write():
+        tokens = torch.zeros(texts, K, dtype=torch.long, device=machine.device)
+        for position in positions[:new]:
+            tokens = step(tokens, position).clone()   # the graph's own output is overwritten
+
+    with machine.autocast():
+        began = time.perf_counter()
+        write()
+        compiling = time.perf_counter() - began
+        return texts * new * K / median_seconds(write, machine.device, seconds), compiling
+
+
 def main():
     parser = Parser(usage="python tests/bench.py [flags of train.py] [flags below]",
                     description="Speed and memory of any configuration.")
@@ -182,6 +238,13 @@ def main():
     made = generation(*models, args, machine, own.seconds)
     for name, value in made.items():
         print(f"{'generation, ' + name:28} {value:10,.0f} tokens/s")
+    if machine.compiles:
+        for name, it in zip(("calm", "ar"), models):
+            for texts in (1, 32):
+                value, compiling = one_graph(it, args, machine, own.seconds, texts)
+                title = f"generation, {name}_T1_b{texts}, one graph"
+                made[f"{name}_T1_b{texts}_one_graph"] = value
+                print(f"{title:34} {value:10,.0f} tokens/s, after {compiling:.0f} s of compiling")
     if own.json:
         print(json.dumps({"train_tokens_per_s": speed, "peak_memory_gb": memory,
                           "mfu": share if on_cuda else None, "matmul_share": share,
