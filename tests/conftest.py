@@ -14,6 +14,11 @@ from helpers import FOXES, SHORT
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def pytest_configure(config):
+    # What Inductor imports, of torch's own, warns of itself.
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def own_signals():
     """What a script does with signals ends with the test."""
