@@ -147,6 +147,15 @@ class Autoencoder(nn.Module):
         """Vectors z (..., L) -> logits (..., K, V)."""
         return self.decoder(z, self.encoder.embed_tokens.weight)
 
+    def tokens(self, z):
+        """The most likely tokens of vectors z (..., L) -> (..., K), made in slices, so that the
+        memory of the logits stays bounded."""
+        K = self.config.chunk_size
+        rows = max(1, 2**26 // (K * self.config.vocab_size))           # 2^26 logits
+        tokens = [self.decode(part).max(-1).indices                    # on a CPU faster than argmax
+                  for part in z.flatten(0, -2).split(rows)]
+        return torch.cat(tokens).view(*z.shape[:-1], K)
+
     def loss(self, tokens):
         """The training objective (section 2.2): tokens (..., T*K) -> loss (a scalar), metrics.
 

@@ -9,8 +9,7 @@ A training step in five lines (`python calm.py` takes a line of text through the
     the true chunk t+1        -> M samples y of its vector   the frozen autoencoder's posterior
     the samples z and y       -> loss                        energy_score
 
-Read it from here to AR, the token-by-token baseline that stands beside CALM. After it come two
-slower heads, and what everything costs.
+Read it from here to AR, the token-by-token baseline. Two slower heads, and all costs, come after.
 
 Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, N samples
 of the head, M samples of the posterior, L numbers in a chunk's vector, P positions (B and T
@@ -364,20 +363,19 @@ class CALM(nn.Module):
         return self.loss(tokens)
 
     def sample_chunks(self, h, n):
-        """n next chunks given each h (..., D) -> tokens (n, ..., K), made in slices: so memory
-        stays bounded."""
+        """n next chunks given each h (..., D) -> tokens (n, ..., K)."""
+        return self.autoencoder.tokens(self.sample_vectors(h, n))
+
+    def sample_vectors(self, h, n):
+        """n next vectors given each h (..., D) -> z (n, ..., L), in slices that bound memory."""
         at_once = max(1, 2**14 * h.shape[-1] // h.numel())         # at most 2^14 vectors
         z = [self.head.sample(h, min(at_once, n - done)) for done in range(0, n, at_once)]
-        z = torch.cat(z)                                           # (n, ..., L)
-        rows = max(1, 2**26 // (self.chunk_size * self.config.vocab_size))    # 2^26 logits
-        tokens = [self.autoencoder.decode(part).max(-1).indices    # on a CPU faster than argmax
-                  for part in z.flatten(0, -2).split(rows)]
-        return torch.cat(tokens).view(*z.shape[:-1], self.chunk_size)
+        return torch.cat(z)
 
     def auxiliary_loss(self, h, targets):
-        """Ours, not the paper's, and in training only: h (P, D) also predicts each token of the
-        next chunk, targets (P, K), by a softmax -> mean cross-entropy in nats. For V > 4,096 only
-        at P / aux_every random positions, which bounds the memory of the logits."""
+        """Ours, not the paper's, only in training: h (P, D) also predicts each token of the next
+        chunk, targets (P, K), by a softmax -> mean cross-entropy in nats. For large V this is done
+        at one of aux_every positions, drawn at random, which bounds the memory of the logits."""
         if self.aux_every > 1:
             some = torch.randperm(len(h), device=h.device)[::self.aux_every]
             h = h[some]

@@ -30,8 +30,8 @@ from data.console import Parser, clean_end, fail, within
 from data.figure import plot
 from data.machine import autocast, seed_noise, share_out
 from data.prepare import load_data
-from sample import (add_model_flags, algorithm_2, check_vocabulary, draw, generate, load,
-                    load_model)
+from sample import (NEAREST_OF, add_model_flags, algorithm_2, check_vocabulary, draw, generate,
+                    load, load_model)
 
 
 # --- The score -----------------------------------------------------------------------------
@@ -334,8 +334,8 @@ def text_length(K, context):
 
 @torch.inference_mode()
 def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0):
-    """Held-out beginnings, as they go on in truth and as the models continue them at T = 1 and 1/2
-    -> {whose text: (distinct-4, bits per token)}
+    """Held-out beginnings, as they go on in truth and as the models continue them at T = 1, at 1/2,
+    and, for CALM, by `nearest_chunk` -> {whose text: (distinct-4, bits per token)}
 
     judge: an AR that reads all of them, and writes, too, unless it is the model; None: no bits.
     context: the most tokens.
@@ -350,11 +350,14 @@ def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0):
         writers["judge"] = judge
     with autocast(device, dtype):
         for name, writer in writers.items():
-            for T in (1.0, 0.5):
+            ways = {"T = 1": {}, "T = 0.5": {"temperature": 0.5}}
+            if not isinstance(writer, AR):
+                ways[f"nearest of {NEAREST_OF}"] = {"nearest_of": NEAREST_OF}
+            for way, sampling in ways.items():
                 seed_noise(seed)
                 # Without eot: it goes on past any end-of-text.
-                written[f"{name}, T = {T:g}"] = generate(writer, windows[:, :begin],
-                                                         length - begin, T)
+                written[f"{name}, {way}"] = generate(writer, windows[:, :begin], length - begin,
+                                                     **sampling)
         return {name: (distinct(text[:, begin:].cpu()),
                        bits_per_token(judge, text, begin) if judge else None)
                 for name, text in written.items()}
@@ -363,9 +366,7 @@ def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0):
 def distances_to_means(autoencoder, z):
     """How far vectors z (P, L) lie from the mean of the chunk that they decode to, and how far
     samples of that chunk's own posterior do -> (P,), (P,)."""
-    parts = [autoencoder.decode(part).max(-1).indices for part in z.split(256)]
-    chunks = torch.cat(parts)                                      # (P, K)
-    mean, log_std = (part.float() for part in autoencoder.encode(chunks))
+    mean, log_std = (part.float() for part in autoencoder.encode(autoencoder.tokens(z)))   # (P, L)
     y = posterior_samples(mean, log_std, 1)[0]                     # (P, L)
     return (z - mean).norm(dim=-1), (y - mean).norm(dim=-1)
 
@@ -389,23 +390,30 @@ def frontier(args, model, measure):
     """Print accuracy and collision rate (figures 10 and 11), geometric means over n = 1..4, of
     each limit of candidates and each temperature, with errors over documents.
 
-    measure(temperature, sampler, calls) -> Scores
+    measure(calls=calls, other arguments of `draw`) -> Scores
     """
+    near = args.sampler == "near"
+    temperatures = [1.0] if near else args.temperatures or (1, 0.8, 0.65, 0.5, 0.33)
+    limits = args.candidates or ([1, 2, 4, 8, 16, 64] if near else [200])
     autoencoder_config = None if isinstance(model, AR) else model.autoencoder.config
     flops = flops_per_token(model.config, autoencoder_config)
     print("temperature  candidates: at most  drawn          accuracy         collision"
           "           BrierLM  FLOPs/token")
-    limits = args.candidates or [200]
     for N in limits if args.model == "calm" else [1]:   # AR needs no candidates
-        for T in args.temperatures or (1, 0.8, 0.65, 0.5, 0.33):
+        for T in temperatures:
             if N < 1 / T and args.model == "calm":
                 print(f"{T:11.3g}  {N:19}  too few candidates: at least 1/T")
                 continue
             calls = []   # samples that each chunk took
-            scores = measure(temperature=T, sampler=algorithm_2(N, args.sampler or "as_needed"),
-                             calls=calls)
+            if near:
+                scores = measure(calls=calls, nearest_of=N)
+            else:
+                sampler = algorithm_2(N, args.sampler or "as_needed")
+                scores = measure(calls=calls, temperature=T, sampler=sampler)
             drawn = torch.cat(calls).double().mean().item() if calls else 1.0
             cost = flops["inference"] + (drawn - 1) * flops.get("candidate", 0.0)
+            if near and N > 1:   # each candidate's chunk is encoded, too
+                cost += N * flops["encode"]
             row = {"temperature": T, "num_candidates": N, "candidates_drawn": drawn,
                    "flops_per_token": cost}
             columns = ""
@@ -439,9 +447,11 @@ def parse_args():
     add("--frontier", action="store_true", help="accuracy and collision of each setting below")
     add("--temperatures", type=within(1e-6, 1, float), nargs="+",
         help="for --frontier; None: 1 to 0.33")
-    add("--candidates", type=within(1, 1 << 20), nargs="+", help="for --frontier; None: 200")
-    add("--sampler", choices=("as_needed", "batch"),
-        help="for --frontier: at most so many candidates; or all, as in the paper; None: as_needed")
+    add("--candidates", type=within(1, 1 << 20), nargs="+",
+        help="for --frontier; None: 200, for near 1 to 64")
+    add("--sampler", choices=("as_needed", "batch", "near"),
+        help="for --frontier: at most so many candidates; all, as in the paper; or the nearest of "
+        "them, without a temperature; None: as_needed")
     add("--plot", nargs="+", metavar=("SVG", "RUN"),
         help="draw logs of runs, or of folders of runs")
     add("--x", default="flops", choices=("flops", "inference_flops"),
@@ -455,6 +465,8 @@ def parse_args():
         fail("--against compares at T = 1: drop --frontier")
     if (args.temperatures or args.candidates or args.sampler) and not args.frontier:
         fail("--temperatures, --candidates and --sampler are for --frontier: add it")
+    if args.sampler == "near" and (args.temperatures or args.model == "ar"):
+        fail("--sampler near is for CALM, and has no temperature: drop --temperatures, --model ar")
     if args.official and not args.data and not args.plot:
         fail("--official needs --data, prepared with the model's tokenizer")
     return args

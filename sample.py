@@ -34,6 +34,8 @@ from data.published import read_official
 
 # --- Temperature without likelihoods (section 5) -------------------------------------------
 
+NEAREST_OF = 8   # for nearest_chunk: text of the default run is then about as varied as real text
+
 
 def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     """Algorithm 1: a draw from P^(1/T) / Z, with nothing but a sampler of P, for any T in (0, 1).
@@ -178,18 +180,34 @@ def algorithm_2(num_candidates, name):
     return partial(temperature_as_needed, num_candidates=num_candidates, first=first)
 
 
-def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, calls=None):
+def nearest_chunk(model, h, m):
+    """Ours: of m samples for each h (B, D), the one nearest to what it decodes to -> tokens (B, K).
+
+    Most vectors that the head draws lie between those of the chunks. Such a vector decodes to some
+    chunk all the same, mostly a wrong one, but it is far from the mean that the encoder gives this
+    chunk. So the nearest of m is a safer choice the larger m is, like a lower temperature; m = 1 is
+    T = 1. No chunk has to come twice, which with a large vocabulary none does.
+    """
+    z = model.sample_vectors(h, m)                                 # (m, B, L)
+    tokens = model.autoencoder.tokens(z)                           # (m, B, K)
+    mean, _ = model.autoencoder.encode(tokens)                     # (m, B, L)
+    nearest = (z - mean).norm(dim=-1).argmin(0)                    # (B,)
+    return tokens[nearest, torch.arange(len(h), device=h.device)]
+
+
+def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_of=1, calls=None):
     """n next chunks for each h (B, D) at a temperature in (0, 1] -> tokens (n, B, K).
 
     sampler: how CALM draws at T < 1: temperature_as_needed, temperature_exact, or a partial of
     these. AR needs none: it has a softmax.
+    nearest_of: with more than 1, `nearest_chunk` of so many samples, in place of a temperature.
     calls: a list; the number of samples that each chunk took (n * B,) is appended to it.
     """
     if not 0 < temperature <= 1:
         raise ValueError(f"temperature must be in (0, 1], not {temperature}")
     if isinstance(model, AR):
         return model.sample_chunks(h, n, temperature)
-    if temperature == 1:
+    if temperature == 1 and nearest_of == 1:
         return model.sample_chunks(h, n)
 
     h_rows = h.repeat(n, 1)                                        # (n * B, D), one row per chunk
@@ -197,7 +215,13 @@ def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, calls=No
     def candidates(count, rows=slice(None)):
         return model.sample_chunks(h_rows[rows], count)
 
-    tokens, samples = sampler(candidates, len(h_rows), temperature)
+    if nearest_of > 1:
+        at_once = max(1, 2**14 // nearest_of)                      # rows: so memory stays bounded
+        tokens = [nearest_chunk(model, part, nearest_of) for part in h_rows.split(at_once)]
+        tokens = torch.cat(tokens)
+        samples = torch.full((len(h_rows),), nearest_of)
+    else:
+        tokens, samples = sampler(candidates, len(h_rows), temperature)
     if calls is not None:
         calls.append(samples.cpu())
     return tokens.view(n, len(h), -1)
@@ -394,18 +418,35 @@ def check_vocabulary(model, tokenizer):
 # --- Run it --------------------------------------------------------------------------------
 
 
-def write(model, tokenizer, tokens, prompt, args, sampler):
+def how_to_draw(args):
+    """The flags of the sampler -> arguments of `draw`."""
+    T = args.temperature
+    N = args.num_candidates or (NEAREST_OF if args.sampler == "near" else 200)
+    if args.sampler == "near":
+        if T < 1:
+            fail("--sampler near has no temperature: drop --temperature, and choose "
+                 "--num_candidates (more: safer text)")
+        return {"nearest_of": N}
+    if args.sampler == "exact":
+        return {"temperature": T, "sampler": partial(temperature_exact, max_calls=args.max_calls)}
+    if args.model == "calm" and N < 1 / T:
+        fail(f"--num_candidates {N} is below 1/T = {1 / T:.4g}")
+    return {"temperature": T, "sampler": algorithm_2(N, args.sampler)}
+
+
+def write(model, tokenizer, tokens, prompt, args, **sampling):
     """Print the prompt, a list of ids, and what follows: one text as it is drawn, several when all
     are done.
 
     tokens (1, P): what the model goes on from, which may have more in front than the prompt.
+    sampling: arguments of `draw`.
     """
     eot = border_token(tokenizer)
     calls = []                                                     # samples that each chunk took
     drawn = []                                                     # chunks (texts, K)
     began = time.time()
-    chunks = stream(model, tokens.expand(args.texts, -1), args.max_new_tokens, args.temperature,
-                    eot, sampler=sampler, calls=calls)
+    chunks = stream(model, tokens.expand(args.texts, -1), args.max_new_tokens, eot=eot, calls=calls,
+                    **sampling)
     chunks = kept_in(drawn, chunks)
     start = show(tokenizer, prompt)
     if args.texts == 1:
@@ -485,10 +526,12 @@ def main():
         add("--texts", type=within(1), default=1, help="how many, side by side")
         add("--chunks", action="store_true", help="a bar before each chunk")
         add("--temperature", type=within(1e-6, 1, float), default=1.0, help="in (0, 1]")
-        add("--sampler", default="as_needed", choices=("as_needed", "batch", "exact"),
-            help="Algorithm 2 with few candidates, with all of them; or Algorithm 1")
-        add("--num_candidates", type=within(1, 1 << 20), default=200,
-            help="of Algorithm 2: (at most) so many samples per chunk, at least 1/T")
+        add("--sampler", default="as_needed", choices=("as_needed", "batch", "exact", "near"),
+            help="Algorithm 2 with few candidates, with all of them; Algorithm 1; or, without a "
+            "temperature, the candidate nearest to what it decodes to")
+        add("--num_candidates", type=within(1, 1 << 20),
+            help=f"samples per chunk: for near, None: {NEAREST_OF}; else (at most) so many, and at "
+            "least 1/T, None: 200")
         add("--max_calls", type=within(1), default=10_000,
             help="of Algorithm 1: samples per chunk, then Algorithm 2 takes over")
         args = parser.parse_args()
@@ -508,17 +551,10 @@ def main():
         if len(prompt) < model.chunk_size:
             ids = document_start(model, checkpoint, tokenizer) + prompt
         tokens = torch.tensor([ids], device=device)
-        if args.sampler == "exact":
-            sampler = partial(temperature_exact, max_calls=args.max_calls)
-        else:
-            sampler = algorithm_2(args.num_candidates, args.sampler)
-            if args.model == "calm" and args.num_candidates < 1 / args.temperature:
-                fail(f"--num_candidates {args.num_candidates} is below 1/T = "
-                     f"{1 / args.temperature:.4g}")
-
+        sampling = how_to_draw(args)
         torch.manual_seed(args.seed)
         with autocast(device, dtype):
-            write(model, tokenizer, tokens, prompt, args, sampler)
+            write(model, tokenizer, tokens, prompt, args, **sampling)
 
 
 if __name__ == "__main__":

@@ -179,8 +179,8 @@ class Corners:
         mean = 4 * F.one_hot(chunks[:, 0], 16).float()
         return mean, torch.full_like(mean, math.log(0.3))
 
-    def decode(self, z):
-        return z[:, None]                                          # logits (P, 1, 16)
+    def tokens(self, z):
+        return z.argmax(-1)[:, None]                               # (P, 1)
 
 
 def test_samples_of_the_posterior_are_on_the_manifold_and_vectors_between_chunks_are_not():
@@ -218,6 +218,20 @@ def test_the_frontier_falls_from_accuracy_and_collision_at_one(model, trained, r
     assert costs[-1] > costs[0] if model == "calm" else costs[-1] == costs[0]
 
 
+def test_the_nearest_of_more_samples_are_more_alike_and_cost_more(trained, run):
+    """The nearest of one is T = 1."""
+    points = []
+    for flags in (["--sampler", "near", "--candidates", 1, 4, 16], ["--temperatures", 1]):
+        result = run(eval_brier, "--out_dir", trained / "out", "--device", "cpu", "--windows", 4,
+                     "--frontier", "--json", *flags)
+        points += [json.loads(line) for line in result.out.splitlines() if line.startswith("{")]
+    *near, plain = points
+    assert near[0]["collision"] < near[1]["collision"] < near[2]["collision"]
+    assert near[0]["flops_per_token"] < near[1]["flops_per_token"] < near[2]["flops_per_token"]
+    for name in ("accuracy", "collision", "flops_per_token"):
+        assert near[0][name] == plain[name]
+
+
 def test_a_score_says_what_it_was_measured_on(trained, run):
     flags = ["--windows", 4, "--context", 32, "--stride", 8, "--num_draws", 3, "--device", "cpu"]
     score = last_line(run(eval_brier, "--out_dir", trained / "out", *flags, "--json"))
@@ -226,7 +240,8 @@ def test_a_score_says_what_it_was_measured_on(trained, run):
     assert len(score["brier"]) == 4 and score["brierlm"] >= 0
     assert score["documents"] == 1 and score["stderr"] is None     # of one document: unknown
     assert set(score["bits"]) == set(score["distinct"]) == {
-        "real", "model, T = 1", "model, T = 0.5", "judge, T = 1", "judge, T = 0.5"}
+        "real", "model, T = 1", "model, T = 0.5", "model, nearest of 8", "judge, T = 1",
+        "judge, T = 0.5"}
     assert 0 < score["bits"]["real"] < score["bits"]["model, T = 1"]   # CALM is a beginner here
     assert score["off_manifold"] > 0
 

@@ -4,14 +4,15 @@ Statistical claims are tested five standard errors wide, or at a p-value of 1e-5
 """
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data.prepare
 import sample
-from helpers import BOTH, EOT, V, tiny_ar, tiny_calm
-from sample import (algorithm_2, cast_matrices, counts, draw, generate, stream,
+from helpers import BOTH, EOT, V, assert_one_line, tiny_ar, tiny_calm
+from sample import (algorithm_2, cast_matrices, counts, draw, generate, nearest_chunk, stream,
                     temperature_as_needed, temperature_batch, temperature_exact, whole_chunks)
 
 
@@ -101,6 +102,26 @@ def test_candidates_are_drawn_until_a_chunk_has_come_often_enough():
 def test_counts_are_how_often_a_chunk_occurs():
     samples = torch.randint(3, (50, 7, 4))
     assert torch.equal(counts(samples), (samples[:, None] == samples[None]).all(-1).sum(0))
+
+
+# --- The nearest of m ----------------------------------------------------------------------
+def test_the_nearest_sample_is_the_one_that_lies_nearest_to_the_mean_of_its_chunk():
+    """Chunk i has the mean 4 e_i. Also when there is not memory for all rows at once."""
+    corners = 4 * torch.eye(8)
+    vectors = torch.stack([
+        torch.stack([corners[1] + 0.5, corners[2] + 0.6 * corners[3], corners[4]]),   # distances
+        torch.stack([corners[5], corners[6] + 0.1, corners[4] + 0.1])])   # 1.4, 2.4, 0; 0, 0.3, 0.3
+    model = SimpleNamespace(
+        autoencoder=SimpleNamespace(tokens=lambda z: z.argmax(-1, keepdim=True),
+                                    encode=lambda chunks: (corners[chunks[..., 0]], None)),
+        sample_vectors=lambda h, m: vectors[:m, h[:, 0].long()])
+    h = torch.arange(3.0)[:, None]                                 # row i asks for column i
+    assert nearest_chunk(model, h, 1).tolist() == [[1], [2], [4]]
+    assert nearest_chunk(model, h, 2).tolist() == [[5], [6], [4]]
+    calls = []
+    tokens = draw(model, h.repeat(5000, 1), n=2, nearest_of=2, calls=calls)
+    assert tokens.shape == (2, 15_000, 1) and set(calls[0].tolist()) == {2}
+    assert torch.equal(tokens, torch.tensor([5, 6, 4]).repeat(10_000).view(2, 15_000, 1))
 
 
 # --- Algorithm 1 ---------------------------------------------------------------------------
@@ -339,6 +360,8 @@ def test_the_baseline_takes_no_notice_of_calms_flags(write):
 def test_the_cost_of_a_temperature_is_said(write):
     flags = ["--temperature", 0.5, "--max_new_tokens", 8]
     assert " samples per chunk]" in write(*flags).err
+    assert ", 8 samples per chunk]" in write("--sampler", "near", "--max_new_tokens", 8).err
+    assert_one_line(write(*flags, "--sampler", "near"), "--sampler near has no temperature")
     paper = write(*flags, "--sampler", "batch", "--num_candidates", 50)
     assert ", 50 samples per chunk]" in paper.err
     exact = write(*flags, "--sampler", "exact", "--max_calls", 1).err
