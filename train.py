@@ -52,7 +52,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for all but TOKEN_MATRICES, vectors
     lr: float = 3e-4           # peak learning rate of AdamW, which trains whatever Muon does not
     muon_lr: float = 0.01      # peak learning rate of Muon
-    weight_decay: float = 0.1  # of matrices; vectors have none
+    weight_decay: float = 0.1  # of matrices, but for token embeddings beside Muon
     grad_clip: float = 1.0     # largest norm of the gradient
     warmup_steps: int = 2000   # steps over which the rate rises to its peak
     decay_frac: float = 0.0    # share of the steps, at the end, over which the rate falls to 0
@@ -85,6 +85,7 @@ SMALL = dict(latent_dim=32, n_head_layer=1,
 PRESETS = {
     # Two cores of a laptop, in eight to ten minutes.
     "nano": SMALL | dict(n_layer=4, n_embd=128, n_head=2, n_ff=344, block_size=128,
+                         n_noise=16, alpha=0.25,
                          batch_size=4, max_steps=5000, ae_max_steps=350),
     # One GPU: meant for ten minutes, not yet timed from start to end.
     "mini": SMALL | dict(data="site-packages",
@@ -378,19 +379,23 @@ def make_optimizers(model, config, dtype=torch.float32):
     Muon's matrices are those inside the Transformer, and also the first and the last of what stands
     around it: embed_proj, all of the head, all of the autoencoder. dtype: of Muon's own products.
     """
-    vectors = []       # norms and biases: AdamW, without weight decay
+    embeddings = []    # of tokens, beside Muon: AdamW, without weight decay
     matrices = []      # AdamW
+    vectors = []       # norms and biases: AdamW, without weight decay
     of_muon = []
     for name, p in model.named_parameters():
         if not p.requires_grad:   # the frozen autoencoder
             continue
         if p.ndim != 2:
             vectors.append(p)
+        elif config.optimizer == "muon" and name == "embed_tokens.weight":
+            embeddings.append(p)
         elif config.optimizer == "muon" and not name.startswith(TOKEN_MATRICES):
             of_muon.append(p)
         else:
             matrices.append(p)
-    groups = [dict(params=matrices), dict(params=vectors, weight_decay=0.0)]
+    groups = [dict(params=embeddings, weight_decay=0.0), dict(params=matrices),
+              dict(params=vectors, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, 0.95), 1e-8, config.weight_decay,
                                     fused=True)]
     if of_muon:

@@ -190,7 +190,7 @@ def test_a_resumed_run_has_the_rates_and_the_batch_that_it_is_given(fit, tmp_pat
     after = checkpoint_of(tmp_path, "ar")
     groups = [group for optimizer in after["optimizers"] for group in optimizer["param_groups"]]
     found = [(group["lr"], group["weight_decay"]) for group in groups]
-    assert found == [(1e-5, 0.5), (1e-5, 0.0), (3e-5, 0.5)]
+    assert found == [(1e-5, 0.0), (1e-5, 0.5), (1e-5, 0.0), (3e-5, 0.5)]
     assert after["tokens"] == before["tokens"] + 15 * 8 * 64
     assert after["flops"] == pytest.approx(before["flops"] * after["tokens"] / before["tokens"])
 
@@ -379,15 +379,17 @@ def test_a_step_of_muon_is_a_step_of_torchs():
             assert (a - b).norm() < 0.05 * (b - old).norm()
 
 
-def test_muon_has_the_inner_matrices_and_adamw_decays_no_vector():
+def test_muon_has_the_inner_matrices_and_adamw_decays_no_vector_and_no_embedding():
     model = train.make_model("calm", train.parse_args(TINY))
     names = {p: name for name, p in model.named_parameters()}
     adamw, muon = train.make_optimizers(model, train.TrainConfig(optimizer="muon"))
-    matrices, vectors = adamw.param_groups
-    assert {names[p] for p in matrices["params"]} == {"embed_tokens.weight", "aux.weight"}
-    assert vectors["weight_decay"] == 0 and all(p.ndim == 1 for p in vectors["params"])
+    embeddings, matrices, vectors = adamw.param_groups
+    assert [names[p] for p in embeddings["params"]] == ["embed_tokens.weight"]
+    assert [names[p] for p in matrices["params"]] == ["aux.weight"]
+    assert embeddings["weight_decay"] == vectors["weight_decay"] == 0 < matrices["weight_decay"]
+    assert all(p.ndim == 1 for p in vectors["params"])
     assert all(p.ndim == 2 for p in muon.param_groups[0]["params"])
-    groups = [matrices, vectors, *muon.param_groups]
+    groups = [*adamw.param_groups, *muon.param_groups]
     trained = sum(p.requires_grad for p in model.parameters())
     assert trained == sum(len(group["params"]) for group in groups)
 
