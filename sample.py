@@ -462,8 +462,9 @@ def write(model, tokenizer, tokens, prompt, args, **sampling):
             text = start + "".join(parts_of_text(drawn, i, tokenizer, args))
             print(f"--- text {i + 1} {'-' * 66}\n{text}")
     seconds = time.time() - began
-    made = sum((chunk != eot).sum().item() for chunk in drawn)
-    made = min(made, args.texts * args.max_new_tokens)             # the last chunk may be cut
+    made = 0
+    for i, chunk in enumerate(drawn):                              # the last one may be cut
+        made += (chunk[:, :args.max_new_tokens - i * model.chunk_size] != eot).sum().item()
     cost = describe_calls(calls, args) if calls else ""
     print(f"[{made} tokens in {seconds:.1f} s, {made / seconds:.0f} tokens/s{cost}]",
           file=sys.stderr)
@@ -523,7 +524,7 @@ def main():
             "- for stdin; empty starts a document")
         add("--max_new_tokens", type=within(1), default=500,
             help="tokens, if the document does not end before")
-        add("--texts", type=within(1), default=1, help="how many, side by side")
+        add("--texts", type=within(1, 1 << 20), default=1, help="how many, side by side")
         add("--chunks", action="store_true", help="a bar before each chunk")
         add("--temperature", type=within(1e-6, 1, float), default=1.0, help="in (0, 1]")
         add("--sampler", default="as_needed", choices=("as_needed", "batch", "exact", "near"),

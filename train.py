@@ -519,7 +519,8 @@ class Stage:
         self.flops_before = flops_before
         self.first_step = 1
         self.tokens_before = 0                                     # read before first_step
-        self.tokens_shown = 0                                      # by the last report
+        self.seconds_before = 0.0                                  # in training before first_step
+        self.tokens_shown = 0                                      # in the last report
         self.seconds_shown = 0.0
         self.skip = False                                          # is it trained already?
         machine.check_same(checksums(self.path), self.path)
@@ -626,7 +627,9 @@ class Stage:
                 "tokens": tokens, "seconds": round(seconds, 2), "flops": self.flops_at(step),
                 "tokens_per_s": speed, "tflops_per_s": teraflops,
                 "lr": self.optimizers[0].param_groups[0]["lr"], **metrics})
-        if step == self.config.max_steps:
+        if step == self.config.max_steps:   # of this call, if the run was resumed
+            tokens -= self.tokens_at(self.first_step - 1)
+            seconds -= self.seconds_before
             mean = tokens / seconds
             self.machine.say(f"{self.kind}: {tokens:,} tokens in {seconds:,.0f} s of training, "
                              f"{mean:,.0f} a second, {mean * self.token_flops / 1e12:.3g} TFLOP/s")
@@ -687,9 +690,10 @@ class Stage:
     def rewind(self):
         """Drop from the log what is to be made anew -> seconds in training until then."""
         if self.machine.is_first:
-            self.seconds_shown = rewind_log(self.log, self.kind, self.first_step - 1)
+            self.seconds_before = rewind_log(self.log, self.kind, self.first_step - 1)
+        self.seconds_shown = self.seconds_before
         self.tokens_shown = self.tokens_at(self.first_step - 1)
-        return self.seconds_shown
+        return self.seconds_before
 
     def say_if_best_before(self):
         """Say so if the validation loss was lower by over 1 % at an earlier step than at the last:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import numpy as np
@@ -101,7 +101,7 @@ class Machine:
             index = os.environ.get("LOCAL_RANK", self.device.index or 0)
             self.device = select_device(f"cuda:{index}")
             torch.cuda.set_device(self.device)
-        self.size, self.rank, self.patient = join_processes(self.device)
+        self.size, self.rank = join_processes(self.device)
         self.is_first = self.rank == 0   # the one that prints and writes
         self.dtype = select_dtype(dtype, self.device)
         self.interrupted = False         # has this process been asked to end?
@@ -138,13 +138,10 @@ class Machine:
 
     def barrier(self):
         """Wait until every process has come here, for a day at most: while the first prepares data,
-        or evaluates, the others have nothing to do."""
-        if self.size == 1:
-            return
-        try:
-            dist.barrier(group=self.patient)
-        except RuntimeError:   # one of the others has ended, and has said why
-            raise SystemExit(1)
+        or writes text, the others have nothing to do."""
+        with patiently() as group:
+            if self.size > 1:
+                dist.barrier(group=group)
 
     def fail(self, message):
         """End all processes, each of which calls this, over a mistake of the user's: one line."""
@@ -215,11 +212,11 @@ def share_out(work, items, title=None):
     rank = dist.get_rank() if many else 0
     bar = tqdm(items[rank::size], desc=title, disable=title is None or rank > 0, leave=False,
                **bar_options())
-    parts = [[work(item) for item in bar]]
-    if many:
-        mine = parts[0]
-        parts = [None] * size
-        dist.all_gather_object(parts, mine)
+    mine = [work(item) for item in bar]
+    parts = [mine] * size
+    with patiently() as group:   # a process may have nothing to do
+        if many:
+            dist.all_gather_object(parts, mine, group)
     results = [None] * len(items)
     for rank, part in enumerate(parts):
         results[rank::size] = part
@@ -227,12 +224,21 @@ def share_out(work, items, title=None):
 
 
 PATIENCE = timedelta(minutes=10)   # how long a process waits for one that hangs, or never comes
+patient_group = None               # of all processes, who wait for each other for a day
+
+
+@contextmanager
+def patiently():
+    """Around what waits for the other processes for as long as it takes -> the group for that."""
+    try:
+        yield patient_group
+    except RuntimeError:   # one of the others has ended, and has said why
+        raise SystemExit(1)
 
 
 def join_processes(device):
-    """Meet the processes that torchrun has started, if any -> how many, which one this is, and a
-    group of them all whose members wait longer for each other (None: there is only this one)."""
-    patient = None
+    """Meet the processes that torchrun has started, if any -> how many, and which one this is."""
+    global patient_group
     try:
         size = int(os.environ.get("WORLD_SIZE", 1))
         rank = int(os.environ.get("RANK", 0))
@@ -243,9 +249,9 @@ def join_processes(device):
             python = signal.signal(signal.SIGINT, signal.SIG_DFL)   # Python would not hear Ctrl-C
             dist.init_process_group(backend, timeout=PATIENCE)
             atexit.register(dist.destroy_process_group)
-            patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
             signal.signal(signal.SIGINT, python)
     except (ValueError, RuntimeError) as error:
         what = " ".join(str(error).split())[:150]
         fail(f"{what}: torchrun sets WORLD_SIZE and RANK, else unset them")
-    return size, rank, patient
+    return size, rank

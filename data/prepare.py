@@ -172,14 +172,17 @@ def encode_all(tokenizer, pairs):
                                        for part in parts])) for text, parts in batch]
 
     threads = torch.get_num_threads()   # as many as there are cores, or OMP_NUM_THREADS
+    pool = ThreadPoolExecutor(threads)
     in_work = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    try:
         for batch in batches((text, strings(text, path)) for path, text in pairs):
             in_work.append(pool.submit(encode_batch, batch))
             if len(in_work) > 2 * threads:
                 yield from in_work.popleft().result()
         for done in in_work:
             yield from done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)   # after Ctrl-C, what is not begun need not be done
 
 
 def batches(pairs):
@@ -724,6 +727,9 @@ def load_data(name):
         meta = json.loads((folder / "meta.json").read_text())
         if meta.pop("checksum") != checksum(meta):
             raise ValueError("a value in it has changed")
+        if "spot_check" not in meta:
+            fail(f"{folder} is of an earlier version of this project: prepare it anew (the same text "
+                 "makes the same data set)")
         splits = {}
         for split, expected in zip(("train", "val"), meta["spot_check"]):
             path = folder / f"{split}.bin"

@@ -31,7 +31,7 @@ from helpers import (FOXES, TINY, assert_one_line, assert_same_weights, checkpoi
 def test_the_whole_road_learns_a_repeating_text(fit, tmp_path, run):
     """Autoencoder, CALM, BrierLM, text: near certainty about a sentence that repeats."""
     out = tmp_path / "out"
-    long = ["--eval_interval", 1000, "--max_steps", 150, "--ae_max_steps", 110]
+    long = ["--eval_interval", 1000, "--max_steps", 200, "--ae_max_steps", 110]
     for stage in ("--", "--ae_"):
         long += [f"{stage}optimizer", "muon", f"{stage}lr", 0.01, f"{stage}decay_frac", 0.5]
     assert "python sample.py" in fit(out, *long).out
