@@ -218,11 +218,11 @@ def grid(model, stride=None, context=None):
 @torch.inference_mode()
 def score_documents(model, data, device, dtype, windows=375, stride=None, context=None,
                     num_draws=4, seed=0, progress=False, **sampling):
-    """Score the validation split -> Scores.
+    """Score the validation split -> Scores: sums over each document, for errors over documents.
 
     windows: of `context` tokens each, spread evenly over the split. stride: from one n-gram's start
     to the next. (Defaults: see `grid`.) An n-gram is predicted from all that precedes it in its
-    window. With one stride and one context all models are scored at the same n-grams.
+    window. With the same stride and context all models are scored at the same n-grams.
     num_draws: S, samples per position. sampling: other arguments of `draw`.
     The processes of a run share the work; the scores are the same for any number of them.
     """
@@ -334,11 +334,11 @@ def text_length(K, context):
 
 @torch.inference_mode()
 def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0):
-    """Held-out beginnings, as they go on in truth and as the models continue them at T = 1, at 1/2,
+    """Held-out beginnings, as they go on in truth and as the models continue them at T = 1, at 0.5,
     and, for CALM, by `nearest_chunk` -> {whose text: (distinct-4, bits per token)}
 
-    judge: an AR that reads all of them, and writes, too, unless it is the model; None: no bits.
-    context: the most tokens.
+    judge: an AR that reads every text. It writes texts, too, unless it is the model. None: there
+    are no bits. context: the longest text, beginning included, in tokens.
     """
     K = model.chunk_size
     length = text_length(K, context)
@@ -387,7 +387,7 @@ def off_manifold(model, data, device, dtype, context, windows=32, seed=0):
 
 
 def frontier(args, model, measure):
-    """Print accuracy and collision rate (figures 10 and 11), geometric means over n = 1..4, of
+    """Print accuracy and collision rate (figures 10 and 11), geometric means over n = 1..4, for
     each limit of candidates and each temperature, with errors over documents.
 
     measure(calls=calls, other arguments of `draw`) -> Scores
@@ -411,6 +411,7 @@ def frontier(args, model, measure):
                 sampler = algorithm_2(N, args.sampler or "as_needed")
                 scores = measure(calls=calls, temperature=T, sampler=sampler)
             drawn = torch.cat(calls).double().mean().item() if calls else 1.0
+            # FLOPs of inference include one candidate.
             cost = flops["inference"] + (drawn - 1) * flops.get("candidate", 0.0)
             if near and N > 1:   # each candidate's chunk is encoded, too
                 cost += N * flops["encode"]

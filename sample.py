@@ -181,12 +181,13 @@ def algorithm_2(num_candidates, name):
 
 
 def nearest_chunk(model, h, m):
-    """Ours: of m samples for each h (B, D), the one nearest to what it decodes to -> tokens (B, K).
+    """Ours: draw m vectors for each h (B, D), and keep the one that lies closest to the encoder's
+    mean for the chunk that it decodes to -> tokens of that chunk (B, K).
 
     Most vectors that the head draws lie between those of the chunks. Such a vector decodes to some
-    chunk all the same, mostly a wrong one, but it is far from the mean that the encoder gives this
-    chunk. So the nearest of m is a safer choice the larger m is, like a lower temperature; m = 1 is
-    T = 1. No chunk has to come twice, which with a large vocabulary none does.
+    chunk all the same, mostly a wrong one, but it is far from that chunk's mean. So a larger m is a
+    safer choice, like a lower temperature; m = 1 is T = 1. Unlike Algorithms 1 and 2 this needs no
+    sample twice: with a large vocabulary none comes twice.
     """
     z = model.sample_vectors(h, m)                                 # (m, B, L)
     tokens = model.autoencoder.tokens(z)                           # (m, B, K)
@@ -200,8 +201,9 @@ def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_
 
     sampler: how CALM draws at T < 1: temperature_as_needed, temperature_exact, or a partial of
     these. AR needs none: it has a softmax.
-    nearest_of: with more than 1, `nearest_chunk` of so many samples, in place of a temperature.
-    calls: a list; the number of samples that each chunk took (n * B,) is appended to it.
+    nearest_of: if above 1, CALM draws by `nearest_chunk` of so many samples, at no temperature.
+    calls: a list, to which the number of samples that each chunk took (n * B,) is appended, if it
+    was not one.
     """
     if not 0 < temperature <= 1:
         raise ValueError(f"temperature must be in (0, 1], not {temperature}")
@@ -435,10 +437,10 @@ def how_to_draw(args):
 
 
 def write(model, tokenizer, tokens, prompt, args, **sampling):
-    """Print the prompt, a list of ids, and what follows: one text as it is drawn, several when all
-    are done.
+    """Print the prompt, a list of ids, and what follows. A single text is printed as it is drawn,
+    several only when all are done.
 
-    tokens (1, P): what the model goes on from, which may have more in front than the prompt.
+    tokens (1, P): what the model reads first; the prompt is its end.
     sampling: arguments of `draw`.
     """
     eot = border_token(tokenizer)
@@ -447,7 +449,7 @@ def write(model, tokenizer, tokens, prompt, args, **sampling):
     began = time.time()
     chunks = stream(model, tokens.expand(args.texts, -1), args.max_new_tokens, eot=eot, calls=calls,
                     **sampling)
-    chunks = kept_in(drawn, chunks)
+    chunks = kept_in(drawn, chunks)                                # from now on `drawn` fills up
     start = show(tokenizer, prompt)
     if args.texts == 1:
         print(start, end="", flush=True)
@@ -485,8 +487,9 @@ def parts_of_text(chunks, i, tokenizer, args):
     for chunk in chunks:
         ids = [t for t in chunk[i].tolist()[:left] if t != eot]
         left -= chunk.shape[1]
-        text = decoder.decode(decode(tokenizer, ids))
-        yield "|" + text if args.chunks and text else text
+        text = decoder.decode(decode(tokenizer, ids))              # ids -> bytes -> text
+        bar = "|" if args.chunks and text else ""
+        yield bar + text
     yield decoder.decode(b"", final=True)
 
 

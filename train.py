@@ -323,12 +323,12 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 same_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), matrices in same_shape.items():
-                state = self.state[matrices[0]]                    # one for all n of them
+                state = self.state[matrices[0]]                    # one for all of this shape
                 if not state:
                     state["average"] = matrices[0].new_zeros(len(matrices), rows, columns)
-                step_size = group["lr"] * max(1, rows / columns) ** 0.5    # Jordan's, if it is tall
+                step_size = group["lr"] * max(1, rows / columns) ** 0.5    # Jordan's scale
                 shrink = 1 - group["lr"] * group["weight_decay"]
-                # As tensors: torch.compile would compile the function anew for each number.
+                # As tensors: for each new float torch.compile would compile the function anew.
                 numbers = [torch.full((), x, device=p.device) for x in (step_size, shrink)]
                 self.update(matrices, [p.grad for p in matrices], state["average"],
                             group["momentum"], *numbers, self.dtype)
@@ -376,8 +376,8 @@ TOKEN_MATRICES = (
 def make_optimizers(model, config, dtype=torch.float32):
     """AdamW; and, if config.optimizer says so, Muon for all matrices but TOKEN_MATRICES -> list.
 
-    Muon's matrices are those inside the Transformer, and also the first and the last of what stands
-    around it: embed_proj, all of the head, all of the autoencoder. dtype: of Muon's own products.
+    Muon's matrices: the Transformer's, embed_proj's, all of the head's, all of the autoencoder's.
+    (Jordan leaves the first and the last matrices to AdamW.) dtype: of Muon's own products.
     """
     embeddings = []    # of tokens, beside Muon: AdamW, without weight decay
     matrices = []      # AdamW
@@ -453,8 +453,8 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    # Here, and nowhere else in a step, this program waits for a GPU: to read the norm. The
-    # optimizers are only started; while they work, the next batch is made.
+    # Here, and nowhere else in a step that is not logged, Python waits for a GPU: to read the norm.
+    # The optimizers are only started; while they work, the next batch is made.
     norm = norm.item()
     # No step if the gradient is not finite. (scaler.step would ask that of each optimizer alone, so
     # that one might move its weights and another not.)
@@ -608,8 +608,9 @@ class Stage:
         return self.flops_before + self.token_flops * self.tokens_at(step)
 
     def report(self, bar, step, loss, seconds, metrics):
-        """Show how far it is, on the terminal and in the log. seconds: in training so far. Speed is
-        that since the last report; its TFLOP/s are by the paper's count of FLOPs."""
+        """Show how far it is, on the terminal and in the log. seconds: in training so far. tok/s is
+        the speed since the last report; TFLOP/s is that times the FLOPs of a token, by the paper's
+        count."""
         tokens = self.tokens_at(step)
         speed = (tokens - self.tokens_shown) / max(seconds - self.seconds_shown, 1e-9)
         self.tokens_shown = tokens
@@ -618,16 +619,17 @@ class Stage:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             self.machine.say(f"{self.kind} step {step}: loss {loss:.4g}, {shown}")
         teraflops = speed * self.token_flops / 1e12
-        self.machine.show(bar.set_postfix,   # False: it is shown with the next step
-                          {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}",
-                           "TFLOP/s": f"{teraflops:.3g}"}, False)
+        shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}", "TFLOP/s": f"{teraflops:.3g}"}
+        refresh = False   # it is shown with the next step
+        self.machine.show(bar.set_postfix, shown, refresh)
         if self.machine.is_first:
             append_log(self.log, {
                 "stage": self.kind, "chunk_size": self.args.chunk_size, "step": step, "loss": loss,
                 "tokens": tokens, "seconds": round(seconds, 2), "flops": self.flops_at(step),
                 "tokens_per_s": speed, "tflops_per_s": teraflops,
                 "lr": self.optimizers[0].param_groups[0]["lr"], **metrics})
-        if step == self.config.max_steps:   # of this call, if the run was resumed
+        if step == self.config.max_steps:
+            # The summary covers this call only, not what was done before --resume.
             tokens -= self.tokens_at(self.first_step - 1)
             seconds -= self.seconds_before
             mean = tokens / seconds
@@ -682,13 +684,15 @@ class Stage:
             model = torch.compile(model)
             for optimizer in self.optimizers:
                 if isinstance(optimizer, Muon):
-                    optimizer.update = torch.compile(muon_update, dynamic=False)   # a shape at once
+                    # Compiled anew for each shape, since none is allowed to vary.
+                    optimizer.update = torch.compile(muon_update, dynamic=False)
         if self.machine.size > 1:   # around the compiled model: torch advises this order
             model = DistributedDataParallel(model)
         return model
 
     def rewind(self):
-        """Drop from the log what is to be made anew -> seconds in training until then."""
+        """Drop the log's lines after the checkpoint's step, which will be made again -> seconds of
+        training up to that step (0 for all processes but the first)."""
         if self.machine.is_first:
             self.seconds_before = rewind_log(self.log, self.kind, self.first_step - 1)
         self.seconds_shown = self.seconds_before
@@ -724,7 +728,8 @@ def train(stage):
              f"--{flag('max_steps', stage.kind)} must be at least that")
     machine.say(stage.describe())
     model = stage.faster_model()
-    started = time.time() - stage.rewind()
+    earlier_seconds = stage.rewind()
+    started = time.time() - earlier_seconds
     bar = tqdm(total=config.max_steps, initial=stage.first_step - 1, desc=stage.kind, unit="step",
                disable=not machine.is_first, **bar_options())
     machine.listen()   # for Ctrl-C
@@ -755,7 +760,8 @@ def train(stage):
         seconds = time.time() - started   # in training
         metrics = {}
         if evaluating:
-            metrics = validate(stage, brier_windows=0 if last else 32)   # finish() does more
+            # After the last step finish() makes the full BrierLM.
+            metrics = validate(stage, brier_windows=0 if last else 32)
             started = time.time() - seconds
         stage.report(bar, step, loss, seconds, metrics)
         if evaluating or stopping:

@@ -121,8 +121,8 @@ class Machine:
         return autocast(self.device, self.dtype)
 
     def to_device(self, tokens):
-        """Copy a batch to the device. From pinned memory a GPU takes it while this program goes on;
-        else it would wait until the GPU has done all that was asked of it before."""
+        """Copy a batch to the device. From pinned memory that is asynchronous; from ordinary memory
+        Python would wait until the GPU has finished all that is in its queue."""
         if self.device.type == "cuda":
             tokens = tokens.pin_memory()
         return tokens.to(self.device, non_blocking=True)
@@ -202,8 +202,8 @@ class Machine:
 
 
 def share_out(work, items, title=None):
-    """[work(item) for item in items], a list of which each process of the run makes a part; all of
-    them get the whole. work(item) must not depend on what a process has done before.
+    """As [work(item) for item in items], but each process of the run does a part of the items; all
+    get the whole list. work(item) must not depend on what a process has done before.
 
     title: of a progress bar; None: there is none.
     """
@@ -214,12 +214,12 @@ def share_out(work, items, title=None):
                **bar_options())
     mine = [work(item) for item in bar]
     parts = [mine] * size
-    with patiently() as group:   # a process may have nothing to do
+    with patiently() as group:   # a process without items waits here for the others
         if many:
             dist.all_gather_object(parts, mine, group)
     results = [None] * len(items)
-    for rank, part in enumerate(parts):
-        results[rank::size] = part
+    for i, part in enumerate(parts):
+        results[i::size] = part
     return results
 
 
@@ -229,7 +229,8 @@ patient_group = None               # of all processes, who wait for each other f
 
 @contextmanager
 def patiently():
-    """Around what waits for the other processes for as long as it takes -> the group for that."""
+    """Around a wait for other processes that may be long -> the group to wait in, for which a day
+    is not too long. If another process has ended, this one ends, too."""
     try:
         yield patient_group
     except RuntimeError:   # one of the others has ended, and has said why

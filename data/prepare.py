@@ -159,8 +159,9 @@ def strings(text, source):
 
 
 def encode_all(tokenizer, pairs):
-    """Encode (path, document) pairs with all cores. Yields (document, ids), in their order; ids is
-    an array. Only a few batches of documents are in memory at a time."""
+    """Encode (path, document) pairs with all cores: threads will do, as tiktoken lets Python go on.
+    Yields (document, ids), in their order; ids is an array. Only a few batches of documents are in
+    memory at a time."""
     if tokenizer.name == "bytes":
         for _, text in pairs:
             yield text, np.frombuffer(text, np.uint8)
@@ -623,9 +624,9 @@ def write_splits(folder, texts, enc, val_fraction):
     return {"dtype": np.dtype(dtype).name, "documents": documents,
             "train_tokens": tokens["train"], "val_tokens": tokens["val"],
             "val_repeats_train": repeats,
-            # Of all bytes: which text a model was trained on.
+            # Hashes of all bytes: they say which text a model was trained on.
             "fingerprint": [hashes[split].hexdigest()[:16] for split in ("train", "val")],
-            # Of a sample of them: are the files still what was written?
+            # Hashes of a few blocks: they tell quickly whether a file has changed.
             "spot_check": [spot_check(folder / f"{split}.bin") for split in ("train", "val")]}
 
 
@@ -635,8 +636,8 @@ def fraction_of(text):
 
 
 def spot_check(path):
-    """A hash of a file's size and of 64 blocks of it, of 16 KB each and evenly spread: of all of it
-    up to 1 MB. It takes as long for a terabyte."""
+    """A hash of a file's size and of 64 blocks of 16 KB, evenly spread over it; of all of it up to
+    1 MB. The time does not depend on the size."""
     block = 1 << 14
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
@@ -728,8 +729,8 @@ def load_data(name):
         if meta.pop("checksum") != checksum(meta):
             raise ValueError("a value in it has changed")
         if "spot_check" not in meta:
-            fail(f"{folder} is of an earlier version of this project: prepare it anew (the same text "
-                 "makes the same data set)")
+            fail(f"{folder} is of an earlier version of this project: prepare it anew (the same "
+                 "text makes the same data set)")
         splits = {}
         for split, expected in zip(("train", "val"), meta["spot_check"]):
             path = folder / f"{split}.bin"
