@@ -152,7 +152,7 @@ def test_processes_with_other_data_or_checkpoints_end_together(trained, run, mon
         values[:] = [value, value, "other"]
 
     flags = ["--data", trained / "foxes4", "--out_dir", trained / "out", "--resume"]
-    monkeypatch.setattr(data.machine, "join_processes", lambda device: (3, rank, None))
+    monkeypatch.setattr(data.machine, "join_processes", lambda device: (3, rank))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     monkeypatch.setattr(Machine, "barrier", lambda machine: None)
     monkeypatch.setattr(train, "check_shares", lambda args, machine: None)
