@@ -192,7 +192,7 @@ def nearest_chunk(model, h, m):
     z = model.sample_vectors(h, m)                                 # (m, B, L)
     tokens = model.autoencoder.tokens(z)                           # (m, B, K)
     mean, _ = model.autoencoder.encode(tokens)                     # (m, B, L)
-    nearest = (z - mean).norm(dim=-1).argmin(0)                    # (B,)
+    nearest = (z.float() - mean).norm(dim=-1).argmin(0)            # (B,)
     return tokens[nearest, torch.arange(len(h), device=h.device)]
 
 
