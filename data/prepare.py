@@ -2,7 +2,7 @@
 Text to tokens on disk, data/<name>/{train.bin, val.bin, meta.json}, and from there to batches.
 
     python data/prepare.py                  # the standard library of this Python: no network needed
-    python data/prepare.py shakespeare      # or tinystories, enwik8, wikitext103-test: downloaded
+    python data/prepare.py books            # or shakespeare, tinystories, enwik8: downloaded
     python data/prepare.py notes/ book.txt.gz --name mine --tokenizer gpt2
 
 A text becomes documents, also at each <|endoftext|> in it. Each document is held out for validation
@@ -26,9 +26,10 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 # Run as a script, the first place that Python imports from is data/, and not the project.
 if __name__ == "__main__":
@@ -51,13 +52,16 @@ BATCH = 1 << 20       # bytes: a thread encodes as many at a time
 LITTLE = 4 << 20      # bytes: with less text, the share that the hashes hold out is looked at
 CONTROL = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})   # bytes that hardly occur in text
 
-# name -> address, member of the zip archive (if it is one), share of the documents for validation
+# name -> address; which files of it, if it is a zip archive; share of the documents for validation
 DOWNLOADS = {
     "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
                     "tinyshakespeare/input.txt", None, 0.1),
     "tinystories": ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
                     "TinyStoriesV2-GPT4-train.txt", None, 0.01),
     "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", "enwik8", 0.1),
+    # English books of the authors A to F, 123 MB.
+    "books": ("https://github.com/mlschmitt/classic-books-markdown/archive/"
+              "944882722e9a96fa6cf2739dc2ea757e101f412f.zip", "*/[A-F]*/*.md", 0.1),
     # The file that the authors of CALM evaluate on.
     "wikitext103-test": ("https://raw.githubusercontent.com/shaochenze/calm/main/data/"
                          "wikitext_document_level-test.json", None, 1.0),
@@ -218,10 +222,10 @@ class NotJSONLines(Exception):
     """A line is no JSON object with a string "text"."""
 
 
-def documents(path, known):
-    """The documents of one file, by its kind. known: the name of a known data set, or None."""
+def documents(path):
+    """The documents of one file, by its kind."""
     kind = kind_of(path)
-    with open_source(path, known) as stream:
+    with open_source(path) as stream:
         if kind in (".json", ".jsonl"):
             yield from json_lines(stream, path)
             return
@@ -237,12 +241,10 @@ def kind_of(path):
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def open_source(path, known):
-    """A file, a member of a downloaded zip archive, or stdin -> an open binary stream."""
-    if known in DOWNLOADS and path.suffix == ".zip":
-        return zipfile.Path(path, DOWNLOADS[known][1]).open("rb")
+def open_source(path):
+    """A file, a file in a zip archive, or stdin -> an open binary stream."""
     stream = io.BufferedReader(sys.stdin.buffer) if str(path) == "-" else path.open("rb")
-    if path.suffix.lower() == ".gz" or stream.peek(2)[:2] == b"\x1f\x8b":
+    if path.name.lower().endswith(".gz") or stream.peek(2)[:2] == b"\x1f\x8b":
         return gzip.open(stream)
     return stream
 
@@ -376,7 +378,7 @@ def text_files(folder, enc, left_out):
 def fault_of(path, enc):
     """Why a file cannot be read as text, or None. To know this it is read, from end to end."""
     try:
-        for text in documents(path, None):
+        for text in documents(path):
             if hardly_text(text):
                 return "not text"
             if enc.name != "bytes":
@@ -400,11 +402,26 @@ def summary(left_out):
 
 
 def downloaded(name):
-    """[the local copy of a known download], fetched if it is missing. Its name means: whole."""
-    url, member, _ = DOWNLOADS[name]
-    path = DATA_DIR / "downloads" / (name + (".zip" if member else ".txt"))
-    if path.exists():
-        return [path]
+    """The files of a known download -> list of paths. It is fetched if there is no copy of it; a
+    copy that bears its name is whole."""
+    url, wanted, _ = DOWNLOADS[name]
+    path = DATA_DIR / "downloads" / (name + (".zip" if wanted else ".txt"))
+    if not path.exists():
+        download(name, url, path)
+    return files_in_archive(path, wanted) if wanted else [path]
+
+
+def files_in_archive(path, wanted):
+    """The files in a zip archive whose names match a pattern -> list of paths."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        fail(f"{path} could not be read ({error}): delete it, to download it again")
+    names = [name for name in archive.namelist() if fnmatchcase(name, wanted)]
+    return [zipfile.Path(archive, name) for name in sorted(names, key=PurePosixPath)]
+
+
+def download(name, url, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
     part = temporary(path)   # another process may fetch it, too
@@ -423,7 +440,6 @@ def downloaded(name):
              f"or fetch it yourself to {path}")
     finally:
         part.unlink(missing_ok=True)
-    return [path]
 
 
 # --- Preparing -----------------------------------------------------------------------------
@@ -452,7 +468,7 @@ def prepare(sources=("stdlib",), name=None, tokenizer="bytes", val_fraction=None
         paths = python_source(known)
     else:
         paths, left_out = local_files(sources, enc)
-    sources_there = {os.path.realpath(path) for path in paths}
+    sources_there = {os.path.realpath(str(path)) for path in paths}
     replaced = {os.path.realpath(folder / file) for file in FILES}
     for path in sources_there & replaced:
         fail(f"{path} is a file that preparing {name} replaces: give another --name")
@@ -518,14 +534,13 @@ def default_name(source, tokenizer):
 
 def read_all(paths, known):
     """(path, document) of every file, with a progress bar. Blank documents are left out."""
-    plain = [p for p in paths if p.is_file() and p.suffix.lower() not in (".gz", ".zip")]
-    size = sum(path.stat().st_size for path in plain)
+    size = sum(map(size_of, paths))
     with tqdm(total=size or None, unit="B", unit_scale=True, desc="prepare",
               **bar_options()) as bar:
         for path in paths:
             warned = False
             try:
-                for text in documents(path, known):
+                for text in documents(path):
                     bar.update(len(text))
                     if known in MADE_HERE:
                         # Else the commonest chunk by far is four blanks, which flatters BrierLM.
@@ -543,6 +558,14 @@ def read_all(paths, known):
                 if known in DOWNLOADS:
                     advice = "delete it, to download it again"
                 fail(f"{path} could not be read ({type(error).__name__}: {error}): {advice}")
+
+
+def size_of(path):
+    """Bytes of text in a file; 0 where only reading it would tell."""
+    if isinstance(path, zipfile.Path):
+        return path.root.getinfo(path.at).file_size
+    known = path.is_file() and path.suffix.lower() != ".gz"
+    return path.stat().st_size if known else 0
 
 
 def hardly_text(text):

@@ -294,10 +294,11 @@ def server(monkeypatch):
     http.shutdown()
 
 
-def zipped(member, text):
+def zipped(texts):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(member, text)
+        for member, text in texts.items():
+            archive.writestr(member, text)
     return buffer.getvalue()
 
 
@@ -308,9 +309,26 @@ def test_downloads_are_prepared(data_dir, server):
     server("tinystories", b"Once upon a time.\n<|endoftext|>\nThe end.\n<|endoftext|>\n")
     out = prepare(["tinystories"], val_fraction=0, out_root=data_dir)
     assert decoded(out) == [b"Once upon a time.\n", b"\nThe end.\n"]
-    server("enwik8", zipped("enwik8", b"<page>text</page>\n" * 5000))
+    server("enwik8", zipped({"enwik8": b"<page>text</page>\n" * 5000}))
     out = prepare(["enwik8"], val_fraction=0, out_root=data_dir)
     assert b"".join(decoded(out)) == b"<page>text</page>\n" * 5000
+
+
+def test_books_are_the_authors_a_to_f_of_an_archive(data_dir, server, tmp_path):
+    """The same data set, byte for byte, as from their folders."""
+    titles = {"Aesop/Fables.md": "The Fox", "Aesop B/Z.md": "A", "Émile Zola/N.md": "no",
+              "Fyodor Dostoevsky/The Idiot.md": "Prince Myshkin, é", "G. K. Chesterton/M.md": "no",
+              "Aesop/cover.png": "no", "README.md": "no"}
+    for title, text in titles.items():
+        path = tmp_path / "commit" / title
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    server("books", zipped({f"commit/{title}": text for title, text in titles.items()}))
+    out = prepare(["books"], val_fraction=0, out_root=data_dir)
+    assert decoded(out) == [b"The Fox", b"A", "Prince Myshkin, é".encode()]
+    folders = sorted((tmp_path / "commit").glob("[A-F]*/"))
+    again = prepare(folders, name="again", val_fraction=0, out_root=data_dir)
+    assert (again / "train.bin").read_bytes() == (out / "train.bin").read_bytes()
 
 
 def test_wikitext_is_one_document_an_article_all_for_validation(data_dir, server):
@@ -327,7 +345,7 @@ def test_a_broken_download_leaves_nothing_that_looks_finished(data_dir, server, 
     assert not list((data_dir / "downloads").iterdir()) and not (data_dir / "shakespeare").exists()
 
 
-@pytest.mark.parametrize("content", [b"no zip", zipped("enwik8", b"text" * 999)[:-30]])
+@pytest.mark.parametrize("content", [b"no zip", zipped({"enwik8": b"text" * 999})[:-30]])
 def test_a_damaged_copy_of_a_download_is_named_and_kept(content, data_dir, run):
     copy = data_dir / "downloads" / "enwik8.zip"
     copy.parent.mkdir()
