@@ -202,8 +202,7 @@ class EnergyBlock(nn.Module):
 
     def forward(self, x, c):
         """x (N, ..., D), one per sample; c (..., D), the condition, one for all N samples."""
-        # The first layer, W [norm(x), c] + b, is W_x norm(x) + (W_c c + b), which is computed once
-        # for all samples.
+        # W [norm(x), c] + b = W_x norm(x) + (W_c c + b): the latter is computed once for all n.
         first = self.linears[0]
         W_x, W_c = first.weight.chunk(2, dim=1)                    # (D, D) each
         mixed = F.linear(self.in_ln(x), W_x) + F.linear(c, W_c, first.bias)
@@ -226,6 +225,7 @@ class FinalLayer(nn.Module):
 class EnergyHead(nn.Module):
     """Draws the next vector given h_t. Like every head it has two methods: a loss and a sample."""
     default_evals = 1     # network evaluations per sample
+    noise_scale = 1.0     # ours: sample.py lowers it for likelier, less varied vectors
 
     def __init__(self, config):
         super().__init__()
@@ -246,7 +246,7 @@ class EnergyHead(nn.Module):
         """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): U[-.5, .5]."""
         if noise is None:
             noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5
-        x = self.norm_noise(self.noise_embd(noise))                # (n, ..., D)
+        x = self.noise_scale * self.norm_noise(self.noise_embd(noise))    # (n, ..., D)
         c = self.norm_hidden(self.hidden_embd(h))                  # (..., D)
         for block in self.mlp_blocks:
             x = block(x, c)

@@ -30,8 +30,8 @@ from data.console import Parser, clean_end, fail, within
 from data.figure import plot
 from data.machine import autocast, seed_noise, share_out
 from data.prepare import load_data
-from sample import (NEAREST_OF, add_model_flags, algorithm_2, check_vocabulary, draw, generate,
-                    load, load_model)
+from sample import (NEAR_NOISE, NEAREST_OF, add_model_flags, algorithm_2, check_vocabulary, draw,
+                    generate, load, load_model, scale_noise)
 
 
 # --- The score -----------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def text_length(K, context):
 @torch.inference_mode()
 def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0):
     """Held-out beginnings, as they go on in truth and as the models continue them at T = 1, at 0.5,
-    and, for CALM, by `nearest_chunk` -> {whose text: (distinct-4, bits per token)}
+    and, for CALM, with --sampler near -> {whose text: (distinct-4, bits per token)}
 
     judge: an AR that reads every text. It writes texts, too, unless it is the model. None: there
     are no bits. context: the longest text, beginning included, in tokens.
@@ -345,19 +345,22 @@ def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0):
     windows = data.batch("val", data.even_offsets("val", texts, length), length).to(device)
     begin = max(length // 5 // K, 1) * K
     written = {"real": windows}
-    writers = {"model": model}
-    if judge not in (None, model):
-        writers["judge"] = judge
+
+    def write(name, writer, **sampling):
+        seed_noise(seed)
+        # Without eot: it goes on past any end-of-text.
+        written[name] = generate(writer, windows[:, :begin], length - begin, **sampling)
+
     with autocast(device, dtype):
-        for name, writer in writers.items():
-            ways = {"T = 1": {}, "T = 0.5": {"temperature": 0.5}}
-            if not isinstance(writer, AR):
-                ways[f"nearest of {NEAREST_OF}"] = {"nearest_of": NEAREST_OF}
-            for way, sampling in ways.items():
-                seed_noise(seed)
-                # Without eot: it goes on past any end-of-text.
-                written[f"{name}, {way}"] = generate(writer, windows[:, :begin], length - begin,
-                                                     **sampling)
+        write("model, T = 1", model)
+        write("model, T = 0.5", model, temperature=0.5)
+        if not isinstance(model, AR):
+            before = scale_noise(model, NEAR_NOISE)
+            write("model, near", model, nearest_of=NEAREST_OF)
+            scale_noise(model, before)
+        if judge not in (None, model):
+            write("judge, T = 1", judge)
+            write("judge, T = 0.5", judge, temperature=0.5)
         return {name: (distinct(text[:, begin:].cpu()),
                        bits_per_token(judge, text, begin) if judge else None)
                 for name, text in written.items()}

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import AR, CALM, HEADS, ARConfig, CALMConfig, KVCache
+from calm import AR, CALM, HEADS, ARConfig, CALMConfig, EnergyHead, KVCache
 from data.checkpoint import DEFAULT_RUN, load_checkpoint, load_tokenizer
 from data.console import Parser, bar_options, clean_end, fail, within
 from data.machine import autocast, select_device, select_dtype
@@ -34,7 +34,9 @@ from data.published import read_official
 
 # --- Temperature without likelihoods (section 5) -------------------------------------------
 
-NEAREST_OF = 8   # for nearest_chunk: text of the default run is then about as varied as real text
+# What --sampler near does. Text of the default run is then about as varied as real text.
+NEAREST_OF = 2      # candidates
+NEAR_NOISE = 0.35   # EnergyHead.noise_scale
 
 
 def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
@@ -194,6 +196,20 @@ def nearest_chunk(model, h, m):
     mean, _ = model.autoencoder.encode(tokens)                     # (m, B, L)
     nearest = (z.float() - mean).norm(dim=-1).argmin(0)            # (B,)
     return tokens[nearest, torch.arange(len(h), device=h.device)]
+
+
+def scale_noise(model, scale):
+    """Ours: scale the noise of an energy head, from 1, as in training, to 0 -> the scale until now.
+
+    The less noise there is, the less the vectors for one h differ, and the likelier are the chunks
+    that they decode to. Like a low temperature it trades variety for safety, but it costs nothing.
+    It is not P^(1/T): at 0 there is one vector for each h, which need not be the likeliest chunk's.
+    """
+    if isinstance(model, AR) or not isinstance(model.head, EnergyHead):
+        return 1.0   # the other heads' noise does another thing
+    before = model.head.noise_scale
+    model.head.noise_scale = scale
+    return before
 
 
 def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_of=1, calls=None):
@@ -386,6 +402,9 @@ def add_model_flags(add):
     add("--official", metavar="DIR", help="a model that the authors published, in place of a run")
     add("--num_evals", type=within(1, 1000),
         help="evaluations per sample of a flow or diffusion head")
+    add("--noise", type=within(0, 1, float),
+        help="scale of the energy head's noise, from 0 to 1: less gives likelier, less varied "
+        f"text, at no cost; None: 1, with --sampler near {NEAR_NOISE}")
     add("--seed", type=within(0, (1 << 20) - 1), default=0,
         help="of the samples: same seed, same text")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -402,11 +421,17 @@ def load(args):
     changes = {"num_evals": args.num_evals} if args.num_evals else {}
     try:
         if args.official:
-            return load_official(args.official, device, dtype, **changes), None, device, dtype
-        model, checkpoint = load_model(args.out_dir, args.model, device, dtype, **changes)
-        return model, checkpoint, device, dtype
+            model = load_official(args.official, device, dtype, **changes)
+            checkpoint = None
+        else:
+            model, checkpoint = load_model(args.out_dir, args.model, device, dtype, **changes)
     except ValueError as error:   # a number of evaluations that this head does not take
         fail(f"--{error}")
+    if args.noise is not None and args.model == "calm" and not isinstance(model.head, EnergyHead):
+        fail(f"--noise is for the energy head, not for {type(model.head).__name__}: drop it")
+    usual = NEAR_NOISE if args.sampler == "near" else 1.0
+    scale_noise(model, usual if args.noise is None else args.noise)
+    return model, checkpoint, device, dtype
 
 
 def check_vocabulary(model, tokenizer):

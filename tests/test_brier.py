@@ -221,7 +221,8 @@ def test_the_frontier_falls_from_accuracy_and_collision_at_one(model, trained, r
 def test_the_nearest_of_more_samples_are_more_alike_and_cost_more(trained, run):
     """The nearest of one is T = 1."""
     points = []
-    for flags in (["--sampler", "near", "--candidates", 1, 4, 16], ["--temperatures", 1]):
+    near = ["--sampler", "near", "--noise", 1, "--candidates", 1, 4, 16]
+    for flags in (near, ["--temperatures", 1]):
         result = run(eval_brier, "--out_dir", trained / "out", "--device", "cpu", "--windows", 4,
                      "--frontier", "--json", *flags)
         points += [json.loads(line) for line in result.out.splitlines() if line.startswith("{")]
@@ -232,6 +233,17 @@ def test_the_nearest_of_more_samples_are_more_alike_and_cost_more(trained, run):
         assert near[0][name] == plain[name]
 
 
+def test_with_less_noise_samples_are_more_alike_at_the_same_cost(trained, run):
+    """Without noise all are equal."""
+    points = []
+    for noise in (1, 0.3, 0):
+        result = run(eval_brier, "--out_dir", trained / "out", "--device", "cpu", "--windows", 4,
+                     "--frontier", "--json", "--temperatures", 1, "--noise", noise)
+        points += [json.loads(line) for line in result.out.splitlines() if line.startswith("{")]
+    assert points[0]["collision"] < points[1]["collision"] < points[2]["collision"] == 1
+    assert len({point["flops_per_token"] for point in points}) == 1
+
+
 def test_a_score_says_what_it_was_measured_on(trained, run):
     flags = ["--windows", 4, "--context", 32, "--stride", 8, "--num_draws", 3, "--device", "cpu"]
     score = last_line(run(eval_brier, "--out_dir", trained / "out", *flags, "--json"))
@@ -240,7 +252,7 @@ def test_a_score_says_what_it_was_measured_on(trained, run):
     assert len(score["brier"]) == 4 and score["brierlm"] >= 0
     assert score["documents"] == 1 and score["stderr"] is None     # of one document: unknown
     assert set(score["bits"]) == set(score["distinct"]) == {
-        "real", "model, T = 1", "model, T = 0.5", "model, nearest of 8", "judge, T = 1",
+        "real", "model, T = 1", "model, T = 0.5", "model, near", "judge, T = 1",
         "judge, T = 0.5"}
     assert 0 < score["bits"]["real"] < score["bits"]["model, T = 1"]   # CALM is a beginner here
     assert score["off_manifold"] > 0

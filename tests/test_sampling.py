@@ -12,8 +12,9 @@ import torch
 import data.prepare
 import sample
 from helpers import BOTH, EOT, V, assert_one_line, tiny_ar, tiny_calm
-from sample import (algorithm_2, cast_matrices, counts, draw, generate, nearest_chunk, stream,
-                    temperature_as_needed, temperature_batch, temperature_exact, whole_chunks)
+from sample import (algorithm_2, cast_matrices, counts, draw, generate, nearest_chunk, scale_noise,
+                    stream, temperature_as_needed, temperature_batch, temperature_exact,
+                    whole_chunks)
 
 
 def draw_chunks(p, N, batch):
@@ -122,6 +123,20 @@ def test_the_nearest_sample_is_the_one_that_lies_nearest_to_the_mean_of_its_chun
     tokens = draw(model, h.repeat(5000, 1), n=2, nearest_of=2, calls=calls)
     assert tokens.shape == (2, 15_000, 1) and set(calls[0].tolist()) == {2}
     assert torch.equal(tokens, torch.tensor([5, 6, 4]).repeat(10_000).view(2, 15_000, 1))
+
+
+# --- Less noise ----------------------------------------------------------------------------
+def test_without_noise_the_energy_head_draws_one_vector_for_each_h():
+    """With it, it draws many; and as before, once the scale is back."""
+    model = tiny_calm()
+    h = torch.randn(3, model.config.n_embd)
+    noise = torch.rand(5, 3, model.config.n_noise) - 0.5
+    usual = model.head.sample(h, 5, noise)
+    assert scale_noise(model, 0.0) == 1.0
+    for z in model.head.sample(h, 5).unbind(1):                    # (5, L)
+        assert torch.allclose(z, z[:1].expand(5, -1), atol=1e-6)
+    assert scale_noise(model, 1.0) == 0.0
+    assert torch.equal(model.head.sample(h, 5, noise), usual)
 
 
 # --- Algorithm 1 ---------------------------------------------------------------------------
@@ -352,7 +367,8 @@ def test_a_bar_tears_no_character(write, monkeypatch):
 
 def test_the_baseline_takes_no_notice_of_calms_flags(write):
     cold = ["--temperature", 0.004, "--max_new_tokens", 8]   # 250 candidates, if they were needed
-    assert write(*cold, "--model", "ar", "--num_evals", 4, "--sampler", "exact").code == 0
+    assert write(*cold, "--model", "ar", "--num_evals", 4, "--sampler", "exact",
+                 "--noise", 0.5).code == 0
     assert write(*cold).code == 2
 
 
@@ -360,7 +376,7 @@ def test_the_baseline_takes_no_notice_of_calms_flags(write):
 def test_the_cost_of_a_temperature_is_said(write):
     flags = ["--temperature", 0.5, "--max_new_tokens", 8]
     assert " samples per chunk]" in write(*flags).err
-    assert ", 8 samples per chunk]" in write("--sampler", "near", "--max_new_tokens", 8).err
+    assert ", 2 samples per chunk]" in write("--sampler", "near", "--max_new_tokens", 8).err
     assert_one_line(write(*flags, "--sampler", "near"), "--sampler near has no temperature")
     paper = write(*flags, "--sampler", "batch", "--num_candidates", 50)
     assert ", 50 samples per chunk]" in paper.err
