@@ -30,8 +30,8 @@ from data.console import Parser, clean_end, fail, within
 from data.figure import plot
 from data.machine import autocast, seed_noise, share_out
 from data.prepare import load_data
-from sample import (NEAR_NOISE, NEAREST_OF, add_model_flags, algorithm_2, check_vocabulary, draw,
-                    generate, load, load_model, scale_noise)
+from sample import (add_model_flags, algorithm_2, check_vocabulary, draw, generate, load,
+                    load_model, ways_to_write)
 
 
 # --- The score -----------------------------------------------------------------------------
@@ -333,34 +333,30 @@ def text_length(K, context):
 
 
 @torch.inference_mode()
-def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0):
-    """Held-out beginnings, as they go on in truth and as the models continue them at T = 1, at 0.5,
-    and, for CALM, with --sampler near -> {whose text: (distinct-4, bits per token)}
+def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0, noise=1.0):
+    """Held-out beginnings, as they go on in truth and as the models continue them, in the ways of
+    `ways_to_write` -> {whose text: (distinct-4, bits per token)}
 
     judge: an AR that reads every text. It writes texts, too, unless it is the model. None: there
-    are no bits. context: the longest text, beginning included, in tokens.
+    are no bits. context: the longest text, beginning included, in tokens. noise: the model's,
+    where a way does not say.
     """
     K = model.chunk_size
     length = text_length(K, context)
     windows = data.batch("val", data.even_offsets("val", texts, length), length).to(device)
     begin = max(length // 5 // K, 1) * K
     written = {"real": windows}
-
-    def write(name, writer, **sampling):
-        seed_noise(seed)
-        # Without eot: it goes on past any end-of-text.
-        written[name] = generate(writer, windows[:, :begin], length - begin, **sampling)
-
+    writers = {"model": model}
+    if judge not in (None, model):
+        writers["judge"] = judge
     with autocast(device, dtype):
-        write("model, T = 1", model)
-        write("model, T = 0.5", model, temperature=0.5)
-        if not isinstance(model, AR):
-            before = scale_noise(model, NEAR_NOISE)
-            write("model, near", model, nearest_of=NEAREST_OF)
-            scale_noise(model, before)
-        if judge not in (None, model):
-            write("judge, T = 1", judge)
-            write("judge, T = 0.5", judge, temperature=0.5)
+        for name, writer in writers.items():
+            for way, sampling in ways_to_write(writer).items():
+                seed_noise(seed)
+                sampling = {"noise": noise} | sampling
+                # Without eot: it goes on past any end-of-text.
+                written[f"{name}, {way}"] = generate(writer, windows[:, :begin], length - begin,
+                                                     **sampling)
         return {name: (distinct(text[:, begin:].cpu()),
                        bits_per_token(judge, text, begin) if judge else None)
                 for name, text in written.items()}
@@ -418,8 +414,8 @@ def frontier(args, model, measure):
             cost = flops["inference"] + (drawn - 1) * flops.get("candidate", 0.0)
             if near and N > 1:   # each candidate's chunk is encoded, too
                 cost += N * flops["encode"]
-            row = {"temperature": T, "num_candidates": N, "candidates_drawn": drawn,
-                   "flops_per_token": cost}
+            row = {"temperature": T, "num_candidates": N, "noise": args.noise,
+                   "candidates_drawn": drawn, "flops_per_token": cost}
             columns = ""
             for name, digits in (("accuracy", 4), ("collision", 4), ("brierlm", 2)):
                 number = getattr(scores, name)
@@ -541,7 +537,8 @@ def report_text(args, model, judge, data, device, dtype, context):
     if judge:
         title += f"  bits per token, read by the AR in {args.judge or args.out_dir}"
     print(title)
-    texts = compare_texts(model, judge, data, device, dtype, context, seed=args.seed)
+    texts = compare_texts(model, judge, data, device, dtype, context, seed=args.seed,
+                          noise=args.noise)
     for name, (share, bits) in texts.items():
         found["distinct"][name] = share
         line = f"{name:19}  {share:10.4f}"
@@ -583,7 +580,8 @@ def main():
         def measure(model=model, **sampling):
             windows = args.windows or (32 if args.frontier else 375)
             return score_documents(model, data, device, dtype, windows, stride, context,
-                                   args.num_draws, args.seed, progress=True, **sampling)
+                                   args.num_draws, args.seed, progress=True, noise=args.noise,
+                                   **sampling)
 
         if args.frontier:
             frontier(args, model, measure)

@@ -2,11 +2,12 @@
 From vectors to text: temperature from samples alone (section 5 of the paper), generation, and the
 loading of a trained model.
 
-    python sample.py --start "def main(" --temperature 0.5 --chunks
+    python sample.py --start "def main(" --sampler near --chunks
 
 A softmax is sharpened by dividing its logits by a temperature T. CALM has no logits, only samples.
 But n samples decode to the same chunk x with probability P(x)^n: if they all do, x is a draw at
-T = 1/n. A low temperature is a matter of drawing more, and of keeping what repeats.
+T = 1/n. A low temperature is a matter of drawing more, and of keeping what repeats. Behind these
+algorithms of the paper stand two cheaper ways of ours: `nearest_chunk` and `less_noise`.
 
 Shapes: B texts, K tokens in a chunk, D width of h, N candidates.
 """
@@ -15,6 +16,7 @@ import math
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +37,7 @@ from data.published import read_official
 # --- Temperature without likelihoods (section 5) -------------------------------------------
 
 # What --sampler near does. Text of the default run is then about as varied as real text.
-NEAREST_OF = 2      # candidates
-NEAR_NOISE = 0.35   # EnergyHead.noise_scale
+NEAR = {"nearest_of": 2, "noise": 0.35}
 
 
 def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
@@ -198,26 +199,30 @@ def nearest_chunk(model, h, m):
     return tokens[nearest, torch.arange(len(h), device=h.device)]
 
 
-def scale_noise(model, scale):
-    """Ours: scale the noise of an energy head, from 1, as in training, to 0 -> the scale until now.
+@contextmanager
+def less_noise(head, scale):
+    """Ours: scale an energy head's noise, from 1, as in training, to 0.
 
     The less noise there is, the less the vectors for one h differ, and the likelier are the chunks
     that they decode to. Like a low temperature it trades variety for safety, but it costs nothing.
     It is not P^(1/T): at 0 there is one vector for each h, which need not be the likeliest chunk's.
+    The other heads take no notice.
     """
-    if isinstance(model, AR) or not isinstance(model.head, EnergyHead):
-        return 1.0   # the other heads' noise does another thing
-    before = model.head.noise_scale
-    model.head.noise_scale = scale
-    return before
+    head.noise_scale = scale
+    try:
+        yield
+    finally:
+        head.noise_scale = 1.0
 
 
-def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_of=1, calls=None):
+def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_of=1, noise=1.0,
+         calls=None):
     """n next chunks for each h (B, D) at a temperature in (0, 1] -> tokens (n, B, K).
 
     sampler: how CALM draws at T < 1: temperature_as_needed, temperature_exact, or a partial of
     these. AR needs none: it has a softmax.
     nearest_of: if above 1, CALM draws by `nearest_chunk` of so many samples, at no temperature.
+    noise: the scale of an energy head's noise, see `less_noise`.
     calls: a list, to which the number of samples that each chunk took (n * B,) is appended, if it
     was not one.
     """
@@ -225,10 +230,18 @@ def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_
         raise ValueError(f"temperature must be in (0, 1], not {temperature}")
     if isinstance(model, AR):
         return model.sample_chunks(h, n, temperature)
-    if temperature == 1 and nearest_of == 1:
-        return model.sample_chunks(h, n)
+    with less_noise(model.head, noise):
+        if temperature == 1 and nearest_of == 1:
+            return model.sample_chunks(h, n)
+        tokens, samples = choose(model, h.repeat(n, 1), temperature, sampler, nearest_of)
+    if calls is not None:
+        calls.append(samples.cpu())
+    return tokens.view(n, len(h), -1)
 
-    h_rows = h.repeat(n, 1)                                        # (n * B, D), one row per chunk
+
+def choose(model, h_rows, temperature, sampler, nearest_of):
+    """One chunk for each h (rows, D), chosen among several samples -> tokens (rows, K), samples
+    that each took (rows,). The arguments are those of `draw`."""
 
     def candidates(count, rows=slice(None)):
         return model.sample_chunks(h_rows[rows], count)
@@ -236,13 +249,8 @@ def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_
     if nearest_of > 1:
         at_once = max(1, 2**14 // nearest_of)                      # rows: so memory stays bounded
         tokens = [nearest_chunk(model, part, nearest_of) for part in h_rows.split(at_once)]
-        tokens = torch.cat(tokens)
-        samples = torch.full((len(h_rows),), nearest_of)
-    else:
-        tokens, samples = sampler(candidates, len(h_rows), temperature)
-    if calls is not None:
-        calls.append(samples.cpu())
-    return tokens.view(n, len(h), -1)
+        return torch.cat(tokens), torch.full((len(h_rows),), nearest_of)
+    return sampler(candidates, len(h_rows), temperature)
 
 
 # --- Generation ----------------------------------------------------------------------------
@@ -302,20 +310,27 @@ def generate(model, prompt, max_new_tokens, *args, **kwargs):
     return torch.cat([prompt, *new], dim=1)[:, :prompt.shape[1] + max_new_tokens]
 
 
+def ways_to_write(model):
+    """-> {a name: arguments of `draw`}"""
+    if isinstance(model, AR):
+        return {"T = 1": {}, "T = 0.5": {"temperature": 0.5}}
+    return {"T = 1": {}, "near": NEAR, "T = 0.5": {"temperature": 0.5}}
+
+
 def continue_text(model, data, device, dtype, seed, new_tokens=300):
-    """Print a piece of held-out text, and what the model makes of it at T = 1 and at T = 1/2."""
+    """Print a piece of held-out text, and how the model continues it in different ways."""
     context = model.config.block_size * model.chunk_size
     offset = data.even_offsets("val", 2, context)[-1:]
     prompt = data.batch("val", offset, max(context // 4, 1)).to(device)
     print(f"--- held-out text {'-' * 62}\n{show(data.tokenizer, prompt[0].tolist())}")
     eot = border_token(data.tokenizer)
-    for temperature in (1.0, 0.5):
+    for way, sampling in ways_to_write(model).items():
         torch.manual_seed(seed)
         calls = []
         with autocast(device, dtype):
-            text = generate(model, prompt, new_tokens, temperature, eot, calls=calls)
+            text = generate(model, prompt, new_tokens, eot=eot, calls=calls, **sampling)
         cost = f", {torch.cat(calls).double().mean():.0f} samples per chunk" if calls else ""
-        print(f"--- continued by the model at T = {temperature:g}{cost} {'-' * 30}")
+        print(f"--- continued by the model, {way}{cost} {'-' * 30}")
         print(show(data.tokenizer, text[0, prompt.shape[1]:].tolist()))
 
 
@@ -404,7 +419,7 @@ def add_model_flags(add):
         help="evaluations per sample of a flow or diffusion head")
     add("--noise", type=within(0, 1, float),
         help="scale of the energy head's noise, from 0 to 1: less gives likelier, less varied "
-        f"text, at no cost; None: 1, with --sampler near {NEAR_NOISE}")
+        f"text, at no cost; None: 1, with --sampler near {NEAR['noise']}")
     add("--seed", type=within(0, (1 << 20) - 1), default=0,
         help="of the samples: same seed, same text")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -427,10 +442,10 @@ def load(args):
             model, checkpoint = load_model(args.out_dir, args.model, device, dtype, **changes)
     except ValueError as error:   # a number of evaluations that this head does not take
         fail(f"--{error}")
-    if args.noise is not None and args.model == "calm" and not isinstance(model.head, EnergyHead):
+    if args.noise is None:
+        args.noise = NEAR["noise"] if args.sampler == "near" else 1.0
+    elif isinstance(model, CALM) and not isinstance(model.head, EnergyHead):
         fail(f"--noise is for the energy head, not for {type(model.head).__name__}: drop it")
-    usual = NEAR_NOISE if args.sampler == "near" else 1.0
-    scale_noise(model, usual if args.noise is None else args.noise)
     return model, checkpoint, device, dtype
 
 
@@ -448,17 +463,18 @@ def check_vocabulary(model, tokenizer):
 def how_to_draw(args):
     """The flags of the sampler -> arguments of `draw`."""
     T = args.temperature
-    N = args.num_candidates or (NEAREST_OF if args.sampler == "near" else 200)
+    N = args.num_candidates or (NEAR["nearest_of"] if args.sampler == "near" else 200)
+    how = {"temperature": T, "noise": args.noise}
     if args.sampler == "near":
         if T < 1:
             fail("--sampler near has no temperature: drop --temperature, and choose "
                  "--num_candidates (more: safer text)")
-        return {"nearest_of": N}
+        return how | {"nearest_of": N}
     if args.sampler == "exact":
-        return {"temperature": T, "sampler": partial(temperature_exact, max_calls=args.max_calls)}
+        return how | {"sampler": partial(temperature_exact, max_calls=args.max_calls)}
     if args.model == "calm" and N < 1 / T:
         fail(f"--num_candidates {N} is below 1/T = {1 / T:.4g}")
-    return {"temperature": T, "sampler": algorithm_2(N, args.sampler)}
+    return how | {"sampler": algorithm_2(N, args.sampler)}
 
 
 def write(model, tokenizer, tokens, prompt, args, **sampling):
@@ -559,8 +575,8 @@ def main():
             help="Algorithm 2 with few candidates, with all of them; Algorithm 1; or, without a "
             "temperature, the candidate nearest to what it decodes to")
         add("--num_candidates", type=within(1, 1 << 20),
-            help=f"samples per chunk: for near, None: {NEAREST_OF}; else (at most) so many, and at "
-            "least 1/T, None: 200")
+            help=f"samples per chunk; None: for near {NEAR['nearest_of']}, else 200 (Algorithm 2 "
+            "needs at least 1/T)")
         add("--max_calls", type=within(1), default=10_000,
             help="of Algorithm 1: samples per chunk, then Algorithm 2 takes over")
         args = parser.parse_args()

@@ -840,7 +840,8 @@ def finish(model, args, data, machine, flops, inference_flops):
         "flops": flops, "inference_flops": inference_flops, "final": True, **result})
     continue_text(model, data, machine.device, machine.dtype, args.seed)
     out_dir = shlex.quote(str(args.out_dir))
-    print(f"Next:\n  python sample.py --out_dir {out_dir} --model {args.model} --temperature 0.5")
+    way = "--sampler near" if args.model == "calm" else "--model ar --temperature 0.5"
+    print(f"Next:\n  python sample.py --out_dir {out_dir} {way}")
     if args.model == "calm":   # the baseline at equal cost
         print(f"  python train.py --model ar --match_flops {out_dir} --out_dir {out_dir}")
 

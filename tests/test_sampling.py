@@ -12,7 +12,7 @@ import torch
 import data.prepare
 import sample
 from helpers import BOTH, EOT, V, assert_one_line, tiny_ar, tiny_calm
-from sample import (algorithm_2, cast_matrices, counts, draw, generate, nearest_chunk, scale_noise,
+from sample import (algorithm_2, cast_matrices, counts, draw, generate, less_noise, nearest_chunk,
                     stream, temperature_as_needed, temperature_batch, temperature_exact,
                     whole_chunks)
 
@@ -115,7 +115,7 @@ def test_the_nearest_sample_is_the_one_that_lies_nearest_to_the_mean_of_its_chun
     model = SimpleNamespace(
         autoencoder=SimpleNamespace(tokens=lambda z: z.argmax(-1, keepdim=True),
                                     encode=lambda chunks: (corners[chunks[..., 0]], None)),
-        sample_vectors=lambda h, m: vectors[:m, h[:, 0].long()])
+        sample_vectors=lambda h, m: vectors[:m, h[:, 0].long()], head=SimpleNamespace())
     h = torch.arange(3.0)[:, None]                                 # row i asks for column i
     assert nearest_chunk(model, h, 1).tolist() == [[1], [2], [4]]
     assert nearest_chunk(model, h, 2).tolist() == [[5], [6], [4]]
@@ -132,10 +132,9 @@ def test_without_noise_the_energy_head_draws_one_vector_for_each_h():
     h = torch.randn(3, model.config.n_embd)
     noise = torch.rand(5, 3, model.config.n_noise) - 0.5
     usual = model.head.sample(h, 5, noise)
-    assert scale_noise(model, 0.0) == 1.0
-    for z in model.head.sample(h, 5).unbind(1):                    # (5, L)
-        assert torch.allclose(z, z[:1].expand(5, -1), atol=1e-6)
-    assert scale_noise(model, 1.0) == 0.0
+    with less_noise(model.head, 0.0):
+        for z in model.head.sample(h, 5).unbind(1):                # (5, L)
+            assert torch.allclose(z, z[:1].expand(5, -1), atol=1e-6)
     assert torch.equal(model.head.sample(h, 5, noise), usual)
 
 
