@@ -225,12 +225,12 @@ class FinalLayer(nn.Module):
 class EnergyHead(nn.Module):
     """Draws the next vector given h_t. Like every head it has two methods: a loss and a sample."""
     default_evals = 1     # network evaluations per sample
-    noise_scale = 1.0     # ours: sample.py lowers it for likelier, less varied vectors
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         D = config.n_embd
+        self.noise_scale = 1.0   # ours: sample.py lowers it, for likelier, less varied vectors
         if config.num_evals != 1:
             raise ValueError(f"num_evals must be 1 for the energy head, not {config.num_evals}")
         self.noise_embd = nn.Linear(config.n_noise, D)

@@ -6,10 +6,10 @@ loading of a trained model.
 
 A softmax is sharpened by dividing its logits by a temperature T. CALM has no logits, only samples.
 But n samples decode to the same chunk x with probability P(x)^n: if they all do, x is a draw at
-T = 1/n. A low temperature is a matter of drawing more, and of keeping what repeats. Behind these
-algorithms of the paper stand two cheaper ways of ours: `nearest_chunk` and `less_noise`.
+T = 1/n. A low temperature is a matter of drawing more, and of keeping what repeats: Algorithms 1
+and 2 of the paper. After them come two cheaper ways of ours, `nearest_chunk` and `less_noise`.
 
-Shapes: B texts, K tokens in a chunk, D width of h, N candidates.
+Shapes: B texts, K tokens in a chunk, D width of h, L width of a vector, N or m candidates.
 """
 import codecs
 import math
@@ -150,7 +150,7 @@ def temperature_as_needed(draw, batch, temperature, num_candidates=200, first=No
 
     `first` (None: 8/T), twice, four times, ... as many candidates are drawn until some chunk has
     come 1/T times, rounded up, or there are num_candidates. Algorithm 2 picks from those. An easy
-    chunk takes few. The price is a bias that more candidates do not cure: it is warmer than T says.
+    chunk takes few. The price: what is drawn is warmer than T says, however large the limit is.
     With first = num_candidates this is Algorithm 2 as it stands.
     draw(m, rows) -> m samples for each of these rows (m, len(rows), K)
     -> tokens (batch, K), samples that each row took (batch,)
@@ -187,10 +187,11 @@ def nearest_chunk(model, h, m):
     """Ours: draw m vectors for each h (B, D), and keep the one that lies closest to the encoder's
     mean for the chunk that it decodes to -> tokens of that chunk (B, K).
 
-    Most vectors that the head draws lie between those of the chunks. Such a vector decodes to some
-    chunk all the same, mostly a wrong one, but it is far from that chunk's mean. So a larger m is a
-    safer choice, like a lower temperature; m = 1 is T = 1. Unlike Algorithms 1 and 2 this needs no
-    sample twice: with a large vocabulary none comes twice.
+    Most vectors that the head draws lie between those of the chunks: the default run's about seven
+    times as far from the mean of their chunk as a sample of its posterior does. They decode to some
+    chunk all the same, but mostly to a wrong one. So a larger m is a safer choice, like a lower
+    temperature; m = 1 is T = 1. Algorithms 1 and 2 wait for a chunk to come twice, which hardly
+    ever happens where the vocabulary is large. This does not.
     """
     z = model.sample_vectors(h, m)                                 # (m, B, L)
     tokens = model.autoencoder.tokens(z)                           # (m, B, K)
@@ -201,12 +202,12 @@ def nearest_chunk(model, h, m):
 
 @contextmanager
 def less_noise(head, scale):
-    """Ours: scale an energy head's noise, from 1, as in training, to 0.
+    """Ours: within this context an energy head multiplies its noise by `scale`, from 0 to 1 (as in
+    training). The other heads take no notice.
 
     The less noise there is, the less the vectors for one h differ, and the likelier are the chunks
     that they decode to. Like a low temperature it trades variety for safety, but it costs nothing.
     It is not P^(1/T): at 0 there is one vector for each h, which need not be the likeliest chunk's.
-    The other heads take no notice.
     """
     head.noise_scale = scale
     try:
@@ -221,10 +222,10 @@ def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_
 
     sampler: how CALM draws at T < 1: temperature_as_needed, temperature_exact, or a partial of
     these. AR needs none: it has a softmax.
-    nearest_of: if above 1, CALM draws by `nearest_chunk` of so many samples, at no temperature.
-    noise: the scale of an energy head's noise, see `less_noise`.
-    calls: a list, to which the number of samples that each chunk took (n * B,) is appended, if it
-    was not one.
+    nearest_of: if above 1, CALM draws by `nearest_chunk` of so many samples; the temperature is
+    ignored. noise: the scale of an energy head's noise, see `less_noise`.
+    calls: a list, to which the number of samples that each chunk took (n * B,) is appended. Nothing
+    is, if each took one.
     """
     if not 0 < temperature <= 1:
         raise ValueError(f"temperature must be in (0, 1], not {temperature}")

@@ -24,7 +24,7 @@ FONT = 14        # pixels; a character is about 0.6 of it wide
 @dataclass
 class Point:
     x: float          # FLOPs
-    score: float      # BrierLM
+    score: float      # BrierLM, or what the y axis says
     name: str         # CALM K = 4, or AR
 
 
@@ -94,15 +94,15 @@ def plot(path, folders, x):
     drawn = [series for series, _ in lines]
     drawn.sort(key=lambda series: -series.points[-1].score)   # best first
     with open(path, "x", encoding="utf-8", errors="replace") as file:   # never over another file
-        file.write(draw(drawn, X_LABELS[x]))
+        file.write(draw(drawn, X_LABELS[x], "BrierLM"))
     print(f"{len(drawn)} lines in {path}")
 
 
 # --- From series to SVG --------------------------------------------------------------------
 
 
-def draw(series, x_label):
-    """A list of Series -> the text of an SVG: a logarithmic x axis, BrierLM from 0 upwards."""
+def draw(series, x_label, y_label):
+    """A list of Series -> the text of an SVG: a logarithmic x axis, scores from 0 upwards."""
     points = [point for line in series for point in line.points]
     legend, top = legend_above(series)
     y_ticks = linear_ticks(max(point.score for point in points))
@@ -127,7 +127,7 @@ def draw(series, x_label):
         svg += [segment(x, top, x, BOTTOM, "#e4e4e4"), text(x, BOTTOM + 20, label, "middle")]
     svg += [segment(LEFT, top, LEFT, BOTTOM, "black"),
             segment(LEFT, BOTTOM, RIGHT, BOTTOM, "black"),
-            text(8, top - 14, "BrierLM"),
+            text(8, top - 14, y_label),
             text((LEFT + RIGHT) / 2, BOTTOM + 44, x_label, "middle")]
 
     corners = [[place(point.x, point.score) for point in line.points] for line in series]

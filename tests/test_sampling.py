@@ -12,9 +12,9 @@ import torch
 import data.prepare
 import sample
 from helpers import BOTH, EOT, V, assert_one_line, tiny_ar, tiny_calm
-from sample import (algorithm_2, cast_matrices, counts, draw, generate, less_noise, nearest_chunk,
-                    stream, temperature_as_needed, temperature_batch, temperature_exact,
-                    whole_chunks)
+from sample import (NEAR, algorithm_2, cast_matrices, counts, draw, generate, less_noise,
+                    nearest_chunk, stream, temperature_as_needed, temperature_batch,
+                    temperature_exact, whole_chunks)
 
 
 def draw_chunks(p, N, batch):
@@ -136,6 +136,23 @@ def test_without_noise_the_energy_head_draws_one_vector_for_each_h():
         for z in model.head.sample(h, 5).unbind(1):                # (5, L)
             assert torch.allclose(z, z[:1].expand(5, -1), atol=1e-6)
     assert torch.equal(model.head.sample(h, 5, noise), usual)
+
+
+def test_writing_between_two_steps_does_not_make_a_compiled_model_compile_again():
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    model = tiny_calm()
+    faster = torch.compile(model, backend=backend)
+    tokens = torch.randint(V, (2, 32))
+    faster(tokens)
+    graphs = len(compiled)
+    generate(model, tokens[:, :8], 8, **NEAR)
+    faster(tokens)
+    assert graphs == len(compiled) > 0
 
 
 # --- Algorithm 1 ---------------------------------------------------------------------------
