@@ -338,8 +338,7 @@ def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0, 
     `ways_to_write` -> {whose text: (distinct-4, bits per token)}
 
     judge: an AR that reads every text. It writes texts, too, unless it is the model. None: there
-    are no bits. context: the longest text, beginning included, in tokens. noise: the model's,
-    where a way does not say.
+    are no bits. context: the longest text, beginning included, in tokens. noise: see `draw`.
     """
     K = model.chunk_size
     length = text_length(K, context)
@@ -351,9 +350,8 @@ def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0, 
         writers["judge"] = judge
     with autocast(device, dtype):
         for name, writer in writers.items():
-            for way, sampling in ways_to_write(writer).items():
+            for way, sampling in ways_to_write(writer, noise).items():
                 seed_noise(seed)
-                sampling = {"noise": noise} | sampling
                 # Without eot: it goes on past any end-of-text.
                 written[f"{name}, {way}"] = generate(writer, windows[:, :begin], length - begin,
                                                      **sampling)
@@ -533,7 +531,7 @@ def report_text(args, model, judge, data, device, dtype, context):
         found["off_manifold"] = far / usual
         print(f"off the manifold: {far / usual:.1f} times as far from the mean of its chunk as a "
               f"sample of the posterior ({far:.2f}, {usual:.2f})")
-    title = f"{'text':19}  distinct-4"
+    title = f"{'text':26}  distinct-4"
     if judge:
         title += f"  bits per token, read by the AR in {args.judge or args.out_dir}"
     print(title)
@@ -541,7 +539,7 @@ def report_text(args, model, judge, data, device, dtype, context):
                           noise=args.noise)
     for name, (share, bits) in texts.items():
         found["distinct"][name] = share
-        line = f"{name:19}  {share:10.4f}"
+        line = f"{name:26}  {share:10.4f}"
         if judge:
             found["bits"][name] = bits
             line += f"  {bits:14.3f}"

@@ -311,11 +311,14 @@ def generate(model, prompt, max_new_tokens, *args, **kwargs):
     return torch.cat([prompt, *new], dim=1)[:, :prompt.shape[1] + max_new_tokens]
 
 
-def ways_to_write(model):
-    """-> {a name: arguments of `draw`}"""
+def ways_to_write(model, noise=1.0):
+    """In which ways a model's text is shown -> {a name: arguments of `draw`}. noise: see there."""
     if isinstance(model, AR):
         return {"T = 1": {}, "T = 0.5": {"temperature": 0.5}}
-    return {"T = 1": {}, "near": NEAR, "T = 0.5": {"temperature": 0.5}}
+    less = "" if noise == 1 else f", noise {noise:g}"
+    return {f"T = 1{less}": {"noise": noise},
+            "near": NEAR,
+            f"T = 0.5{less}": {"noise": noise, "temperature": 0.5}}
 
 
 def continue_text(model, data, device, dtype, seed, new_tokens=300):

@@ -242,6 +242,10 @@ def test_with_less_noise_samples_are_more_alike_at_the_same_cost(trained, run):
         points += [json.loads(line) for line in result.out.splitlines() if line.startswith("{")]
     assert points[0]["collision"] < points[1]["collision"] < points[2]["collision"] == 1
     assert len({point["flops_per_token"] for point in points}) == 1
+    score = last_line(run(eval_brier, "--out_dir", trained / "out", "--device", "cpu", "--windows",
+                          4, "--json", "--noise", 0))
+    assert "model, T = 1, noise 0" in score["bits"]
+    assert score["collision"] == [1.0] * 4
 
 
 def test_a_score_says_what_it_was_measured_on(trained, run):
