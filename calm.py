@@ -202,7 +202,7 @@ class EnergyBlock(nn.Module):
 
     def forward(self, x, c):
         """x (N, ..., D), one per sample; c (..., D), the condition, one for all N samples."""
-        # W [norm(x), c] + b = W_x norm(x) + (W_c c + b): the latter is computed once for all n.
+        # W [norm(x), c] + b = W_x norm(x) + (W_c c + b). The bracket is the same for all samples.
         first = self.linears[0]
         W_x, W_c = first.weight.chunk(2, dim=1)                    # (D, D) each
         mixed = F.linear(self.in_ln(x), W_x) + F.linear(c, W_c, first.bias)

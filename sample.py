@@ -202,8 +202,9 @@ def nearest_chunk(model, h, m):
 
 @contextmanager
 def less_noise(head, scale):
-    """Ours: within this context an energy head multiplies its noise by `scale`, from 0 to 1 (as in
-    training). The other heads take no notice.
+    """Ours: within this context an energy head multiplies its noise by `scale`, from 0 (none) to 1
+    (all, as in training). It does so behind its LayerNorm, which would undo most of it before. The
+    other heads take no notice.
 
     The less noise there is, the less the vectors for one h differ, and the likelier are the chunks
     that they decode to. Like a low temperature it trades variety for safety, but it costs nothing.
@@ -312,7 +313,8 @@ def generate(model, prompt, max_new_tokens, *args, **kwargs):
 
 
 def ways_to_write(model, noise=1.0):
-    """In which ways a model's text is shown -> {a name: arguments of `draw`}. noise: see there."""
+    """In which ways a model's text is shown -> {a name: arguments of `draw`}. noise: at T, not for
+    near, which has its own."""
     if isinstance(model, AR):
         return {"T = 1": {}, "T = 0.5": {"temperature": 0.5}}
     less = "" if noise == 1 else f", noise {noise:g}"
