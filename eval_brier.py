@@ -338,7 +338,8 @@ def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0, 
     `ways_to_write` -> {whose text: (distinct-4, bits per token)}
 
     judge: an AR that reads every text. It writes texts, too, unless it is the model. None: there
-    are no bits. context: the longest text, beginning included, in tokens. noise: see `ways_to_write`.
+    are no bits. context: the longest text, beginning included, in tokens.
+    noise: see `ways_to_write`.
     """
     K = model.chunk_size
     length = text_length(K, context)

@@ -203,12 +203,13 @@ def nearest_chunk(model, h, m):
 @contextmanager
 def less_noise(head, scale):
     """Ours: within this context an energy head multiplies its noise by `scale`, from 0 (none) to 1
-    (all, as in training). It does so behind its LayerNorm, which would undo most of it before. The
-    other heads take no notice.
+    (all, as in training), where it enters the residual stream: behind norm_noise, which would undo
+    most of it. The other heads take no notice.
 
     The less noise there is, the less the vectors for one h differ, and the likelier are the chunks
     that they decode to. Like a low temperature it trades variety for safety, but it costs nothing.
-    It is not P^(1/T): at 0 there is one vector for each h, which need not be the likeliest chunk's.
+    It is not P^(1/T). Each block's LayerNorm undoes the scale, too, so the block's MLP still sees
+    the noise, except at 0: then there is one vector for each h.
     """
     head.noise_scale = scale
     try:

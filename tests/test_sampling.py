@@ -127,14 +127,18 @@ def test_the_nearest_sample_is_the_one_that_lies_nearest_to_the_mean_of_its_chun
 
 # --- Less noise ----------------------------------------------------------------------------
 def test_without_noise_the_energy_head_draws_one_vector_for_each_h():
-    """With it, it draws many; and as before, once the scale is back."""
+    """With it, it draws many; and as before, once the scale is back. The scale stands behind
+    norm_noise: before it, without a bias, half the noise would be the same as all."""
     model = tiny_calm()
+    torch.nn.init.zeros_(model.head.noise_embd.bias)
     h = torch.randn(3, model.config.n_embd)
     noise = torch.rand(5, 3, model.config.n_noise) - 0.5
     usual = model.head.sample(h, 5, noise)
     with less_noise(model.head, 0.0):
         for z in model.head.sample(h, 5).unbind(1):                # (5, L)
             assert torch.allclose(z, z[:1].expand(5, -1), atol=1e-6)
+    with less_noise(model.head, 0.5):
+        assert not torch.allclose(model.head.sample(h, 5, noise), usual, atol=0.01)
     assert torch.equal(model.head.sample(h, 5, noise), usual)
 
 
