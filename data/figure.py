@@ -171,8 +171,9 @@ def point_labels(series, corners):
         for point, (x, y) in zip(line.points, corners[i]):
             label = point.name.removeprefix("CALM ")
             half = 0.3 * FONT * len(label)
-            places = [(x + 6 + half, y + 16), (x - 6 - half, y - 16), (x, y + 18), (x, y - 18),
-                      (x + 12 + half, y), (x - 12 - half, y)]
+            places = [(x + 6 + half, y + 16), (x - 6 - half, y - 16),
+                      (x + 6 + half, y - 16), (x - 6 - half, y + 16),
+                      (x, y + 18), (x, y - 18), (x + 12 + half, y), (x - 12 - half, y)]
             for cx, cy in places:
                 box = (cx - half, cy - 8, cx + half, cy + 8)
                 if LEFT < box[0] and box[2] < RIGHT and not any(overlap(box, b) for b in taken):
