@@ -140,8 +140,10 @@ class Autoencoder(nn.Module):
         self.apply(init_weights)
 
     def encode(self, chunks):
-        """Tokens (..., K) -> mean, log_std (..., L) of the chunk's posterior N(mean, std^2)."""
-        return self.encoder(chunks)
+        """Tokens (..., K) -> mean, log_std (..., L) of the chunk's posterior N(mean, std^2), in
+        float32 under autocast, too."""
+        mean, log_std = self.encoder(chunks)
+        return mean.float(), log_std.float()
 
     def decode(self, z):
         """Vectors z (..., L) -> logits (..., K, V)."""
@@ -159,24 +161,24 @@ class Autoencoder(nn.Module):
     def loss(self, tokens):
         """The training objective (section 2.2): tokens (..., T*K) -> loss (a scalar), metrics.
 
-        K * cross-entropy + beta * KL. Both are sums over a chunk and means over chunks, in nats.
+        K * cross-entropy + beta * KL, where a dimension's KL counts as kl_clip, if it is less. Both
+        are sums over a chunk and means over chunks, in nats.
         """
         c = self.config
         chunks = tokens.unflatten(-1, (-1, c.chunk_size))              # (..., T, K)
         mean, log_std = self.encode(chunks)                            # (..., T, L) each
-        mean = mean.float()
-        log_std = log_std.float()
-        z = mean + log_std.exp() * torch.randn_like(mean)              # z ~ q(z | chunk)
+        z = posterior_samples(mean, log_std, 1)[0]                     # (..., T, L)
         z = F.dropout(z, c.dropout, self.training)
         logits = self.decode(z).float()                                # (..., T, K, V)
 
         reconstruction = c.chunk_size * F.cross_entropy(logits.flatten(0, -2), chunks.flatten())
         kl = kl_to_normal(mean, log_std)                               # (..., T, L)
-        kl = kl.clamp_min(c.kl_clip).sum(-1).mean()
-        loss = reconstruction + c.kl_weight * kl
+        clipped_kl = kl.clamp_min(c.kl_clip).sum(-1).mean()
+        loss = reconstruction + c.kl_weight * clipped_kl
 
         accuracy = (logits.argmax(-1) == chunks).float().mean()
-        return loss, {"loss": loss.detach(), "kl": kl.detach(), "accuracy": accuracy}
+        return loss, {"loss": loss.detach(), "clipped_kl": clipped_kl.detach(),
+                      "accuracy": accuracy}
 
     def forward(self, tokens):
         """The loss: what torch.compile and DistributedDataParallel call."""

@@ -81,7 +81,7 @@ def check_attention_heads(n_embd, n_head):
         raise ValueError(f"n_embd {n_embd} must be divisible by 2 n_head = {2 * n_head}")
 
 
-# --- The Transformer (section 3.3): LLaMA's, with RMSNorm, rotary positions, SwiGLU, no biases 
+# --- The Transformer (section 3.3): LLaMA's, with RMSNorm, rotary positions, SwiGLU, no biases
 
 
 def rotary_tables(head_dim, positions, theta=10000.0):
@@ -128,8 +128,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, D, bias=False)
         self.o_proj = nn.Linear(D, D, bias=False)
 
-    def forward(self, x, cos, sin, cache=None, mask=None):
-        """x (B, T, D), cos and sin (T, hs) -> (B, T, D). mask (T, end): what each may attend to."""
+    def forward(self, x, cos, sin, cache=None):
+        """x (B, T, D), cos and sin (T, hs) -> (B, T, D)."""
         heads = (self.n_head, -1)
         q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)    # (B, nh, T, hs)
         k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)
@@ -138,9 +138,12 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin).type_as(v)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)                   # (B, nh, end, hs)
-        # Without a mask, x is either all positions so far (causal) or a single new one.
-        causal = mask is None and q.shape[2] == k.shape[2]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        T = q.shape[2]
+        end = k.shape[2]
+        mask = None   # x is all positions so far (T = end: causal), or a single new one (T = 1)
+        if 1 < T < end:   # or several new ones: each attends to cached and to earlier new ones
+            mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(end - T)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == end)
         return self.o_proj(x.transpose(1, 2).flatten(-2))          # (B, T, D)
 
 
@@ -152,8 +155,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, eps=1e-6)
         self.mlp = SwiGLU(config.n_embd, config.n_ff)
 
-    def forward(self, x, cos, sin, cache, mask):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+    def forward(self, x, cos, sin, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -171,17 +174,12 @@ class Transformer(nn.Module):
 
     def forward(self, x, cache=None):
         """x (B, T, D) -> h (B, T, D). With a cache, x goes on where the cache ends."""
-        T = x.shape[1]
         start = 0 if cache is None else cache.length
-        end = start + T
+        end = start + x.shape[1]
         if end > self.block_size:
             raise ValueError(f"{end} positions, but the context is {self.block_size}")
-
-        mask = None
-        if start > 0 and T > 1:   # each of several new ones attends to cached and earlier new ones
-            mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start)    # (T, end)
         for layer in self.layers:
-            x = layer(x, self.cos[start:end], self.sin[start:end], cache, mask)
+            x = layer(x, self.cos[start:end], self.sin[start:end], cache)
         if cache is not None:
             cache.length = end
         return self.norm(x)
@@ -243,7 +241,7 @@ class EnergyHead(nn.Module):
         nn.init.zeros_(self.final_layer.linears[2].weight)         # every z is 0 before training
 
     def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): U[-.5, .5]."""
+        """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): tests give it."""
         if noise is None:
             noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5
         x = self.noise_scale * self.norm_noise(self.noise_embd(noise))    # (n, ..., D)
@@ -281,8 +279,9 @@ def energy_score(z, y, alpha=1.0):
 def distances(x, y, alpha):
     """|x_n - y_m|^alpha: x (P, N, L), y (P, M, L) -> (P, N, M).
 
-    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. Distances below 1e-5
-    count as 1e-5, with a gradient of 0, not infinite. (They are rounding errors anyway.)
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. Its price: distances
+    below about |x| / 1000 are mostly rounding. Those below 1e-5 count as 1e-5, with a gradient of
+    0, not infinite.
     """
     x2 = torch.linalg.vector_norm(x, dim=-1) ** 2                  # (P, N), less memory than x ** 2
     y2 = torch.linalg.vector_norm(y, dim=-1) ** 2                  # (P, M)
@@ -331,12 +330,13 @@ class CALM(nn.Module):
         """tokens (B, T*K) -> one vector per chunk (B, T, D) (section 3.3), by default from token
         embeddings: the paper found the autoencoder's vectors to be a worse input."""
         chunks = tokens.unflatten(1, (-1, self.chunk_size))        # (B, T, K)
-        if self.config.input_mode == "continuous":
-            return self.latent_proj(self.autoencoder.encode(chunks)[0])
-        embedded = self.embed_tokens(chunks).flatten(-2)           # (B, T, K*D)
-        x = self.embed_proj(embedded)                              # (B, T, D)
-        if self.config.input_mode == "both":
-            x = x + self.latent_proj(self.autoencoder.encode(chunks)[0])
+        x = 0
+        if self.config.input_mode != "continuous":
+            embedded = self.embed_tokens(chunks).flatten(-2)       # (B, T, K*D)
+            x = self.embed_proj(embedded)                          # (B, T, D)
+        if self.config.input_mode != "discrete":
+            mean, _ = self.autoencoder.encode(chunks)              # (B, T, L)
+            x = x + self.latent_proj(mean)
         return x
 
     def hidden(self, tokens, cache=None):
@@ -349,14 +349,14 @@ class CALM(nn.Module):
         h = self.hidden(tokens[:, :-K]).flatten(0, 1)              # (P, D)
         targets = tokens[:, K:].reshape(-1, K)                     # (P, K): the chunks to come
         mean, log_std = self.autoencoder.encode(targets)           # (P, L) each: its posterior
-        loss = self.head.loss(h, mean.float(), log_std.float()).mean()
+        head_loss = self.head.loss(h, mean, log_std).mean()
         if self.config.aux_weight == 0:
-            return loss, {"loss": loss.detach(), self.config.head: loss.detach()}
+            return head_loss, {"loss": head_loss.detach(), self.config.head: head_loss.detach()}
 
         aux = self.auxiliary_loss(h, targets)
-        total = loss + self.config.aux_weight * aux
-        return total, {"loss": total.detach(), self.config.head: loss.detach(),
-                       "aux": aux.detach()}
+        loss = head_loss + self.config.aux_weight * aux
+        return loss, {"loss": loss.detach(), self.config.head: head_loss.detach(),
+                      "aux": aux.detach()}
 
     def forward(self, tokens):
         """The loss: what torch.compile and DistributedDataParallel call."""
@@ -368,7 +368,7 @@ class CALM(nn.Module):
 
     def sample_vectors(self, h, n):
         """n next vectors given each h (..., D) -> z (n, ..., L), in slices that bound memory."""
-        at_once = max(1, 2**14 * h.shape[-1] // h.numel())         # at most 2^14 vectors
+        at_once = max(1, 2**14 // h.shape[:-1].numel())            # 2^14 vectors, or one of each h
         z = [self.head.sample(h, min(at_once, n - done)) for done in range(0, n, at_once)]
         return torch.cat(z)
 
