@@ -326,12 +326,13 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[matrices[0]]                    # one for all of this shape
                 if not state:
                     state["average"] = matrices[0].new_zeros(len(matrices), rows, columns)
+                average = state["average"]
                 step_size = group["lr"] * max(1, rows / columns) ** 0.5    # Jordan's scale
                 shrink = 1 - group["lr"] * group["weight_decay"]
                 # As tensors: for each new float torch.compile would compile the function anew.
-                numbers = [torch.full((), x, device=p.device) for x in (step_size, shrink)]
-                self.update(matrices, [p.grad for p in matrices], state["average"],
-                            group["momentum"], *numbers, self.dtype)
+                numbers = [average.new_full((), x) for x in (step_size, shrink)]
+                self.update(matrices, [p.grad for p in matrices], average, group["momentum"],
+                            *numbers, self.dtype)
 
 
 def muon_update(matrices, gradients, average, momentum, step_size, shrink, dtype):
@@ -420,17 +421,17 @@ def set_rates(optimizers, step, config):
 # --- One step ------------------------------------------------------------------------------
 
 
-def micro_batches(data, seed, machine, kind, step, count, batch_size, length):
-    """This process's `count` micro-batches of a step -> tokens (batch_size, length), one by one.
+def micro_batches(data, seed, machine, kind, step, grad_accum, batch_size, length):
+    """This process's share of a step's grad_accum micro-batches -> tokens (batch_size, length), one
+    by one.
 
     Windows begin at any token of the text, at random: the borders of chunks fall anywhere, and some
     parts are read more often than others. Each micro-batch seeds torch anew, so that the model
     draws the same noise for it on any number of processes.
     """
     number = KINDS.index(kind)
-    total = machine.size * count
-    offsets = data.random_offsets("train", total * batch_size, length, (seed, number, step))
-    for micro in range(machine.rank, total, machine.size):
+    offsets = data.random_offsets("train", grad_accum * batch_size, length, (seed, number, step))
+    for micro in range(machine.rank, grad_accum, machine.size):
         seed_noise(seed, number, step, micro)
         own = offsets[micro * batch_size:(micro + 1) * batch_size]
         yield machine.to_device(data.batch("train", own, length))
@@ -493,9 +494,10 @@ def validate(stage, brier_windows):
 class Stage:
     """A stage of training: a model, its optimizers, how far it has come, where that is kept."""
 
-    def __init__(self, kind, model, args, data, machine, token_flops, flops_before=0.0, **extra):
-        """token_flops: what training on a token costs; flops_before: what the stages before this
-        one have cost; extra: what else belongs in the checkpoint."""
+    def __init__(self, kind, model, args, data, machine, token_flops, flops_of_earlier_stages=0.0,
+                 **extra):
+        """token_flops: what training on a token costs. extra: what else belongs in the
+        checkpoint."""
         self.kind = kind
         self.args = args
         self.data = data
@@ -513,13 +515,12 @@ class Stage:
         # A window has a context to read and, at its end, tokens that are only predicted.
         only_predicted = {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[kind]
         self.window = args.context + only_predicted                # in tokens
-        self.count = self.config.grad_accum // machine.size        # micro-batches per process
-        self.tokens_per_step = machine.size * self.count * self.config.batch_size * args.context
+        self.tokens_per_step = self.config.grad_accum * self.config.batch_size * args.context
         self.token_flops = token_flops
-        self.flops_before = flops_before
-        self.first_step = 1
-        self.tokens_before = 0                                     # read before first_step
-        self.seconds_before = 0.0                                  # in training before first_step
+        self.flops_of_earlier_stages = flops_of_earlier_stages
+        self.steps_before = 0                                      # of this stage, before this call
+        self.tokens_before = 0                                     # read in them
+        self.seconds_before = 0.0                                  # of training in them
         self.tokens_shown = 0                                      # in the last report
         self.seconds_shown = 0.0
         self.skip = False                                          # is it trained already?
@@ -548,7 +549,7 @@ class Stage:
                  "or use another --out_dir")
 
         self.model.load_state_dict(checkpoint["model"])
-        self.first_step = checkpoint["step"] + 1
+        self.steps_before = checkpoint["step"]
         self.tokens_before = checkpoint["tokens"]
         if self.skip:
             return
@@ -580,15 +581,15 @@ class Stage:
         if self.kind == "autoencoder":
             self.skip = True
             self.config.max_steps = step
-            self.first_step = step + 1
+            self.steps_before = step
             self.tokens_before = tokens
             self.save(step)
 
     def set_budget(self, total):
         """Set max_steps so that the FLOPs of all stages come as close to `total` as they can."""
-        spent = self.flops_at(self.first_step - 1)
+        spent = self.flops_at(self.steps_before)
         steps = (total - spent) / (self.token_flops * self.tokens_per_step)
-        resumed = self.first_step > 1
+        resumed = self.steps_before > 0
         least = -0.5 if resumed else 0   # steps are rounded: a finished run may be over by a half
         if steps < least:
             fail(f"{spent:.2e} of {total:.2e} FLOPs are spent: raise --flops, "
@@ -596,16 +597,16 @@ class Stage:
         steps = round(steps)
         if steps == 0 and not resumed:
             steps = 1
-        self.config.max_steps = self.first_step - 1 + steps
+        self.config.max_steps = self.steps_before + steps
         self.args.max_steps = self.config.max_steps                # saved: a resumed run has it
 
     def tokens_at(self, step):
         """Tokens that this stage has read by the end of `step`."""
-        return self.tokens_before + self.tokens_per_step * (step - self.first_step + 1)
+        return self.tokens_before + self.tokens_per_step * (step - self.steps_before)
 
     def flops_at(self, step):
-        """Training FLOPs spent by the end of `step`, those of the stages before included."""
-        return self.flops_before + self.token_flops * self.tokens_at(step)
+        """Training FLOPs spent by the end of `step`, those of earlier stages included."""
+        return self.flops_of_earlier_stages + self.token_flops * self.tokens_at(step)
 
     def report(self, bar, step, loss, seconds, metrics):
         """Show how far it is, on the terminal and in the log. seconds: in training so far. tok/s is
@@ -630,7 +631,7 @@ class Stage:
                 "lr": self.optimizers[0].param_groups[0]["lr"], **metrics})
         if step == self.config.max_steps:
             # The summary covers this call only, not what was done before --resume.
-            tokens -= self.tokens_at(self.first_step - 1)
+            tokens -= self.tokens_before
             seconds -= self.seconds_before
             mean = tokens / seconds
             self.machine.say(f"{self.kind}: {tokens:,} tokens in {seconds:,.0f} s of training, "
@@ -694,9 +695,9 @@ class Stage:
         """Drop the log's lines after the checkpoint's step, which will be made again -> seconds of
         training up to that step (0 for all processes but the first)."""
         if self.machine.is_first:
-            self.seconds_before = rewind_log(self.log, self.kind, self.first_step - 1)
+            self.seconds_before = rewind_log(self.log, self.kind, self.steps_before)
         self.seconds_shown = self.seconds_before
-        self.tokens_shown = self.tokens_at(self.first_step - 1)
+        self.tokens_shown = self.tokens_before
         return self.seconds_before
 
     def say_if_best_before(self):
@@ -716,29 +717,30 @@ class Stage:
 
 
 def train(stage):
-    """Train a stage to its last step -> training FLOPs, those of the stages before included."""
+    """Train a stage to its last step -> training FLOPs, those of earlier stages included."""
     args = stage.args
     config = stage.config
     machine = stage.machine
     if stage.skip:
         machine.say(f"{stage.kind}: {stage.path} is finished, and used as it is")
-        return stage.flops_at(stage.first_step - 1)
-    if stage.first_step - 1 > config.max_steps:
-        fail(f"{stage.path} is at step {stage.first_step - 1:,}: "
+        return stage.flops_at(stage.steps_before)
+    if stage.steps_before > config.max_steps:
+        fail(f"{stage.path} is at step {stage.steps_before:,}: "
              f"--{flag('max_steps', stage.kind)} must be at least that")
     machine.say(stage.describe())
     model = stage.faster_model()
     earlier_seconds = stage.rewind()
     started = time.time() - earlier_seconds
-    bar = tqdm(total=config.max_steps, initial=stage.first_step - 1, desc=stage.kind, unit="step",
+    bar = tqdm(total=config.max_steps, initial=stage.steps_before, desc=stage.kind, unit="step",
                disable=not machine.is_first, **bar_options())
     machine.listen()   # for Ctrl-C
 
-    for step in range(stage.first_step, config.max_steps + 1):
+    own_share = config.grad_accum // machine.size   # micro-batches of a step, for this process
+    for step in range(stage.steps_before + 1, config.max_steps + 1):
         set_rates(stage.optimizers, step, config)
-        batches = micro_batches(stage.data, args.seed, machine, stage.kind, step, stage.count,
-                                config.batch_size, stage.window)
-        loss, norm = train_step(model, batches, stage.count, stage.optimizers, stage.scaler,
+        batches = micro_batches(stage.data, args.seed, machine, stage.kind, step,
+                                config.grad_accum, config.batch_size, stage.window)
+        loss, norm = train_step(model, batches, own_share, stage.optimizers, stage.scaler,
                                 config.grad_clip, machine)
         machine.show(bar.update)
 
@@ -762,10 +764,10 @@ def train(stage):
         if evaluating:
             # After the last step finish() makes the full BrierLM.
             metrics = validate(stage, brier_windows=0 if last else 32)
-            started = time.time() - seconds
         stage.report(bar, step, loss, seconds, metrics)
         if evaluating or stopping:
             stage.save(step)
+        started = time.time() - seconds   # evaluations and checkpoints do not count
         if stopping:
             command = shlex.join(["python", "train.py", "--resume", "--model", args.model, "--data",
                                   args.data, "--out_dir", str(args.out_dir)])

@@ -130,6 +130,25 @@ def test_a_resumed_run_ends_at_the_flops_that_it_is_given(fit, tmp_path):
     assert_one_line(fit(tmp_path, *flags, spent, code=2), "FLOPs are spent: raise --flops")
 
 
+def test_evaluations_and_checkpoints_do_not_count_as_training_time(fit, tmp_path, monkeypatch):
+    """Half a minute is added to each, at steps 10 and 15, and to no training."""
+    clock = SimpleNamespace(added=0.0)
+    now = train.time.time
+
+    def slower(function):
+        def slow(*args, **kwargs):
+            clock.added += 30
+            return function(*args, **kwargs)
+        return slow
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now() + clock.added))
+    monkeypatch.setattr(train, "validate", slower(train.validate))
+    monkeypatch.setattr(train.Stage, "save", slower(train.Stage.save))
+    fit(tmp_path, "--model", "ar")
+    assert clock.added == 120
+    assert max(entry["seconds"] for entry in log_of(tmp_path)) < 30
+
+
 # --- It resumes ----------------------------------------------------------------------------
 def interrupt_step_7(monkeypatch, stage, number):
     """From now on this process gets a signal in the seventh step of a stage."""
