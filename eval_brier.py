@@ -30,8 +30,8 @@ from data.console import Parser, clean_end, fail, within
 from data.figure import plot
 from data.machine import autocast, seed_noise, share_out
 from data.prepare import load_data
-from sample import (add_model_flags, algorithm_2, check_vocabulary, draw, generate, load,
-                    load_model, ways_to_write)
+from sample import (add_model_flags, algorithm_2, check_vocabulary, generate, load, load_model,
+                    next_chunks, noise_scale, ways_to_write)
 
 
 # --- The score -----------------------------------------------------------------------------
@@ -55,6 +55,7 @@ def brier_ngram(samples, targets):
     """Brier-1..4 at each position (equation 14): samples (S, P, >=4), targets (P, >=4) -> (P, 4).
 
     The mean over all pairs of the S samples, a U-statistic: unbiased, and for S = 2 the paper's.
+    Of a whole text `Scores.brier` is the mean of these.
     """
     hit, collision = hit_and_collision(samples, targets)
     return 2 * hit - collision
@@ -72,14 +73,15 @@ def brierlm(brier):
 
 def score_windows(model, tokens, stride, S, temperature=1.0, **sampling):
     """E[1[a = y]] and E[1[a = b]] of the n-grams, n = 1..4, that start at stride, 2 stride, ...
-    of each window: tokens (B, W) -> (2, B, starts, 4). sampling: other arguments of `draw`."""
+    of each window: tokens (B, W) -> (2, B, starts, 4). sampling: arguments of `next_chunks`."""
     K = model.chunk_size
     if K < 4:
         return score_by_rollout(model, tokens, stride, S, temperature, **sampling)
     every = stride // K                                            # in chunks
+    # h of chunk t - 1 predicts chunk t, for t = every, 2 every, ...
     h = model.hidden(tokens[:, :-K])[:, every - 1::every]          # (B, starts, D)
     targets = tokens.unflatten(1, (-1, K))[:, every::every]        # (B, starts, K)
-    samples = draw(model, h.flatten(0, 1), temperature, S, **sampling)      # (S, B * starts, K)
+    samples = next_chunks(model, h.flatten(0, 1), temperature, S, **sampling)   # (S, B*starts, K)
     scores = hit_and_collision(samples, targets.flatten(0, 1))
     return torch.stack(scores).unflatten(1, h.shape[:2])
 
@@ -122,8 +124,8 @@ def score_start(model, cache, hidden, truth, S, temperature, **sampling):
         hits.append(P_y * agree)                                   # (B, K)
         P_y = P_y * agree[:, -1:]
 
-        a = draw(model, h_a, temperature, **sampling)[0]           # (B, K): the next drawn chunk
-        agree = agreement(model, h_a, a, S - 1, temperature, **sampling)
+        a = next_chunks(model, h_a, temperature, **sampling)[0]    # (B, K), one of the S samples
+        agree = agreement(model, h_a, a, S - 1, temperature, **sampling)    # with the other ones
         if isinstance(model, AR):   # for one token the sum over all x is known exactly
             p = model.probabilities(h_a, temperature)              # (B, V)
             collisions.append(P_a * p.square().sum(-1, keepdim=True))
@@ -140,7 +142,7 @@ def agreement(model, h, chunk, S, temperature, **sampling):
     -> (B, K). From S samples; for AR exact."""
     if isinstance(model, AR):
         return model.probabilities(h, temperature).gather(-1, chunk)
-    samples = draw(model, h, temperature, S, **sampling)           # (S, B, K)
+    samples = next_chunks(model, h, temperature, S, **sampling)    # (S, B, K)
     return (samples == chunk).cumprod(-1).float().mean(0)
 
 
@@ -155,13 +157,13 @@ def ngram_stride(K):
 @dataclass
 class Scores:
     """Sums over the n-grams, n = 1..4, that begin in each document."""
-    hits: np.ndarray         # of E[1[a = y]], (documents, 4)
-    collisions: np.ndarray   # of E[1[a = b]], (documents, 4)
-    count: np.ndarray        # number of n-grams, (documents,)
-    stride: int              # from one n-gram's start to the next, in tokens
-    context: int             # tokens in a window
-    samples: int             # S
-    seen: bool               # is it the text of training? (There was too little to hold some out.)
+    hits: np.ndarray          # of E[1[a = y]], (documents, 4)
+    collisions: np.ndarray    # of E[1[a = b]], (documents, 4)
+    count: np.ndarray         # number of n-grams, (documents,)
+    stride: int               # from one n-gram's start to the next, in tokens
+    context: int              # tokens in a window
+    samples: int              # S
+    val_repeats_train: bool   # is it the text of training, as there was too little to hold out any?
 
     def means(self, weights=1.0):
         """Means over all n-grams -> hit, collision (..., 4) each.
@@ -172,10 +174,14 @@ class Scores:
         total = (weights @ self.count)[..., None]
         return (weights @ self.hits) / total, (weights @ self.collisions) / total
 
+    def brier(self, weights=1.0):
+        """Brier-1..4 (..., 4), with documents weighted as in `means`."""
+        hit, collision = self.means(weights)
+        return 2 * hit - collision
+
     def brierlm(self, weights=1.0):
         """BrierLM (...), with documents weighted as in `means`."""
-        hit, collision = self.means(weights)
-        return brierlm(2 * hit - collision)
+        return brierlm(self.brier(weights))
 
     def accuracy(self, weights=1.0):
         """How often a sample is right (...): the geometric mean over n."""
@@ -185,8 +191,8 @@ class Scores:
         """How often two samples are equal (...): the geometric mean over n."""
         return geometric_mean(self.means(weights)[1])
 
-    def error(self, number):
-        """The standard error of number(weights), such as `brierlm`: how much it would vary with
+    def error(self, statistic):
+        """The standard error of statistic(weights), such as `brierlm`: how much it would vary with
         other held-out documents. None if there is only one document.
 
         It is a bootstrap: 1000 times, as many documents are drawn from these, with repetition.
@@ -196,7 +202,7 @@ class Scores:
             return None
         each = np.full(documents, 1 / documents)
         weights = np.random.default_rng(0).multinomial(documents, each, size=1000)
-        return float(number(weights).std())
+        return float(statistic(weights).std())
 
 
 def grid(model, stride=None, context=None):
@@ -223,7 +229,7 @@ def score_documents(model, data, device, dtype, windows=375, stride=None, contex
     windows: of `context` tokens each, spread evenly over the split. stride: from one n-gram's start
     to the next. (Defaults: see `grid`.) An n-gram is predicted from all that precedes it in its
     window. With the same stride and context all models are scored at the same n-grams.
-    num_draws: S, samples per position. sampling: other arguments of `draw`.
+    num_draws: S, samples per position. sampling: other arguments of `next_chunks`.
     The processes of a run share the work; the scores are the same for any number of them.
     """
     stride, context = grid(model, stride, context)
@@ -241,18 +247,20 @@ def score_documents(model, data, device, dtype, windows=375, stride=None, contex
 
     starts = stride * np.arange(1, scores.shape[2] + 1)            # of the n-grams of a window
     numbers = data.document_numbers((offsets[:, None] + starts).ravel())
-    document = torch.from_numpy(np.unique(numbers, return_inverse=True)[1])   # from 0 on
-    sums = torch.zeros(2, document.max() + 1, 4, dtype=torch.float64)
-    sums.index_add_(1, document, scores.flatten(1, 2))
-    return Scores(*sums.numpy(), document.bincount().numpy(), stride, context, num_draws,
-                  data.val_repeats_train)
+    # Of each n-gram its document, counted from 0, and of each document its number of n-grams.
+    _, document, count = np.unique(numbers, return_inverse=True, return_counts=True)
+    sums = torch.zeros(2, len(count), 4, dtype=torch.float64)
+    sums.index_add_(1, torch.from_numpy(document), scores.flatten(1, 2))
+    hits, collisions = sums.numpy()
+    return Scores(hits, collisions, count, stride, context, samples=num_draws,
+                  val_repeats_train=data.val_repeats_train)
 
 
 def summary(scores):
     """Scores -> dict of results; its errors are over documents."""
     hit, collision = scores.means()
     return {
-        "brier": (2 * hit - collision).tolist(),
+        "brier": scores.brier().tolist(),
         "brierlm": float(scores.brierlm()),
         "stderr": scores.error(scores.brierlm),
         "accuracy": hit.tolist(),
@@ -262,7 +270,7 @@ def summary(scores):
         "samples": scores.samples,
         "context": scores.context,
         "stride": scores.stride,
-        "val_repeats_train": scores.seen,
+        "val_repeats_train": scores.val_repeats_train,
     }
 
 
@@ -328,18 +336,20 @@ def bits_per_token(judge, texts, begin):
 
 
 def text_length(K, context):
-    """How long the texts are that are compared, their beginning included, in tokens."""
+    """How long the texts are that are compared, in tokens. The first fifth of each, at least a
+    chunk, is held-out text."""
     return min(max(320, 5 * K), context)
 
 
 @torch.inference_mode()
-def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0, noise=1.0):
+def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0,
+                  noise_scale=1.0):
     """Held-out beginnings, as they go on in truth and as the models continue them, in the ways of
     `ways_to_write` -> {whose text: (distinct-4, bits per token)}
 
     judge: an AR that reads every text. It writes texts, too, unless it is the model. None: there
     are no bits. context: the longest text, beginning included, in tokens.
-    noise: see `ways_to_write`.
+    noise_scale: see `ways_to_write`.
     """
     K = model.chunk_size
     length = text_length(K, context)
@@ -351,7 +361,7 @@ def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0, 
         writers["judge"] = judge
     with autocast(device, dtype):
         for name, writer in writers.items():
-            for way, sampling in ways_to_write(writer, noise).items():
+            for way, sampling in ways_to_write(writer, noise_scale).items():
                 seed_noise(seed)
                 # Without eot: it goes on past any end-of-text.
                 written[f"{name}, {way}"] = generate(writer, windows[:, :begin], length - begin,
@@ -364,7 +374,7 @@ def compare_texts(model, judge, data, device, dtype, context, texts=64, seed=0, 
 def distances_to_means(autoencoder, z):
     """How far vectors z (P, L) lie from the mean of the chunk that they decode to, and how far
     samples of that chunk's own posterior do -> (P,), (P,)."""
-    mean, log_std = (part.float() for part in autoencoder.encode(autoencoder.tokens(z)))   # (P, L)
+    mean, log_std = autoencoder.encode(autoencoder.tokens(z))      # (P, L) each
     y = posterior_samples(mean, log_std, 1)[0]                     # (P, L)
     return (z - mean).norm(dim=-1), (y - mean).norm(dim=-1)
 
@@ -388,7 +398,7 @@ def frontier(args, model, measure):
     """Print accuracy and collision rate (figures 10 and 11), geometric means over n = 1..4, for
     each limit of candidates and each temperature, with errors over documents.
 
-    measure(calls=calls, other arguments of `draw`) -> Scores
+    measure(calls=calls, other arguments of `next_chunks`) -> Scores
     """
     near = args.sampler == "near"
     temperatures = [1.0] if near else args.temperatures or (1, 0.8, 0.65, 0.5, 0.33)
@@ -413,13 +423,13 @@ def frontier(args, model, measure):
             cost = flops["inference"] + (drawn - 1) * flops.get("candidate", 0.0)
             if near and N > 1:   # each candidate's chunk is encoded, too
                 cost += N * flops["encode"]
-            row = {"temperature": T, "num_candidates": N, "noise": args.noise,
+            row = {"temperature": T, "num_candidates": N, "noise": noise_scale(args, model),
                    "candidates_drawn": drawn, "flops_per_token": cost}
             columns = ""
             for name, digits in (("accuracy", 4), ("collision", 4), ("brierlm", 2)):
-                number = getattr(scores, name)
-                row[name] = float(number())
-                row[f"{name}_stderr"] = scores.error(number)
+                statistic = getattr(scores, name)
+                row[name] = float(statistic())
+                row[f"{name}_stderr"] = scores.error(statistic)
                 columns += f"  {with_error(row[name], row[f'{name}_stderr'], digits):>16}"
             print(f"{T:11.3g}  {N:19}  {drawn:5.1f}{columns}  {cost:11.2e}")
             if args.json:
@@ -537,7 +547,7 @@ def report_text(args, model, judge, data, device, dtype, context):
         title += f"  bits per token, read by the AR in {args.judge or args.out_dir}"
     print(title)
     texts = compare_texts(model, judge, data, device, dtype, context, seed=args.seed,
-                          noise=args.noise)
+                          noise_scale=noise_scale(args, model))
     for name, (share, bits) in texts.items():
         found["distinct"][name] = share
         line = f"{name:26}  {share:10.4f}"
@@ -571,6 +581,7 @@ def main():
             other, other_checkpoint = load_other(args.against, args.model, data, device, dtype)
             stride, context = common_grid(model, other, stride, other_checkpoint, context)
         stride, context = grid(model, stride, context)
+        noise = noise_scale(args, model)
         judge = None
         if not args.frontier:
             length = text_length(model.chunk_size, context)
@@ -579,8 +590,8 @@ def main():
         def measure(model=model, **sampling):
             windows = args.windows or (32 if args.frontier else 375)
             return score_documents(model, data, device, dtype, windows, stride, context,
-                                   args.num_draws, args.seed, progress=True, noise=args.noise,
-                                   **sampling)
+                                   args.num_draws, args.seed, progress=True,
+                                   noise_scale=noise, **sampling)
 
         if args.frontier:
             frontier(args, model, measure)

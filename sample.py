@@ -37,7 +37,7 @@ from data.published import read_official
 # --- Temperature without likelihoods (section 5) -------------------------------------------
 
 # What --sampler near does. Text of the default run is then about as varied as real text.
-NEAR = {"nearest_of": 2, "noise": 0.35}
+NEAR = {"nearest_of": 2, "noise_scale": 0.35}
 
 
 def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
@@ -60,9 +60,9 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     get out of step, so `count` says where a row is: at count <= n it is drawing x_1 .. x_n, and at
     count = n + i it is in turn i of the loop.
     draw(m) -> m samples for every row (m, batch, K)
-    -> tokens (batch, K), samples that each row took (batch,). A row that is not done after
-    max_calls samples gets what Algorithm 2 picks from 200 more; its number of samples, then above
-    max_calls, tells so.
+    -> tokens (batch, K), number of samples that each row took (batch,). A row that is not done
+    after max_calls samples gets what Algorithm 2 picks from 200 more; its number of samples, then
+    above max_calls, tells so.
     """
     n = math.floor(1 / temperature)
     a = 1 / temperature - n
@@ -72,12 +72,12 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
     count = torch.zeros(batch, dtype=torch.long, device=device)    # samples in this attempt
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     result = torch.zeros_like(first)                               # of the rows that are done
-    calls = torch.zeros(batch, dtype=torch.long, device=device)    # samples in all attempts
+    taken = torch.zeros(batch, dtype=torch.long, device=device)    # samples in all attempts
 
     while True:
         for x in samples:                                          # (batch, K): one more sample
-            active = ~done & (calls < max_calls)
-            calls = calls + active
+            active = ~done & (taken < max_calls)
+            taken = taken + active
             count = count + 1
             first = torch.where((count == 1)[:, None], x, first)
             equal = (x == first).all(-1)                           # (batch,)
@@ -93,7 +93,7 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
             starts_anew = (i <= 0) | (torch.rand(batch, device=device) < a / i)
             count = count.masked_fill(~equal & starts_anew, 0)
 
-        if (done | (calls >= max_calls)).all():
+        if (done | (taken >= max_calls)).all():
             break
         samples = draw(min(2 * len(samples), 256))   # fewer, larger calls for rows that need many
 
@@ -101,8 +101,8 @@ def temperature_exact(draw, batch, temperature, max_calls=1_000_000):
         warnings.warn(f"a chunk took over {max_calls:,} samples: Algorithm 2 picks it")
         fallback = temperature_batch(draw(200), temperature)
         result = torch.where(done[:, None], result, fallback)
-        calls = calls + 200 * ~done
-    return result, calls
+        taken = taken + 200 * ~done
+    return result, taken
 
 
 def temperature_batch(samples, temperature):
@@ -153,7 +153,7 @@ def temperature_as_needed(draw, batch, temperature, num_candidates=200, first=No
     chunk takes few. The price: what is drawn is warmer than T says, however large the limit is.
     With first = num_candidates this is Algorithm 2 as it stands.
     draw(m, rows) -> m samples for each of these rows (m, len(rows), K)
-    -> tokens (batch, K), samples that each row took (batch,)
+    -> tokens (batch, K), number of samples that each row took (batch,)
     """
     if num_candidates < 1 / temperature:
         raise ValueError(f"num_candidates {num_candidates} is below 1/T = {1 / temperature:.4g}")
@@ -161,24 +161,24 @@ def temperature_as_needed(draw, batch, temperature, num_candidates=200, first=No
     rows = torch.arange(batch)                                     # that draw on
     samples = draw(min(first, num_candidates), rows)               # (N, len(rows), K)
     result = torch.zeros_like(samples[0])                          # (batch, K)
-    calls = torch.zeros(batch, dtype=torch.long)
+    taken = torch.zeros(batch, dtype=torch.long)
     while True:
         N = len(samples)
         enough = (counts(samples).amax(0) >= 1 / temperature).cpu()
         if N == num_candidates:
             enough[:] = True
         result[rows[enough]] = temperature_batch(samples[:, enough], temperature)
-        calls[rows[enough]] = N
+        taken[rows[enough]] = N
         rows = rows[~enough]
         if len(rows) == 0:
-            return result, calls
+            return result, taken
         more = draw(min(N, num_candidates - N), rows)
         samples = torch.cat([samples[:, ~enough], more])
 
 
 def algorithm_2(num_candidates, name):
-    """Algorithm 2 as a sampler for `draw`. name: "as_needed", with at most num_candidates; or
-    "batch", with all of them at once."""
+    """Algorithm 2 as a sampler for `next_chunks`. name: "as_needed", with at most num_candidates;
+    or "batch", with all of them at once."""
     first = None if name == "as_needed" else num_candidates
     return partial(temperature_as_needed, num_candidates=num_candidates, first=first)
 
@@ -218,14 +218,14 @@ def less_noise(head, scale):
         head.noise_scale = 1.0
 
 
-def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_of=1, noise=1.0,
-         calls=None):
+def next_chunks(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_of=1,
+                noise_scale=1.0, calls=None):
     """n next chunks for each h (B, D) at a temperature in (0, 1] -> tokens (n, B, K).
 
     sampler: how CALM draws at T < 1: temperature_as_needed, temperature_exact, or a partial of
     these. AR needs none: it has a softmax.
     nearest_of: if above 1, CALM draws by `nearest_chunk` of so many samples; the temperature is
-    ignored. noise: the scale of an energy head's noise, see `less_noise`.
+    ignored. noise_scale: of an energy head, see `less_noise`.
     calls: a list, to which the number of samples that each chunk took (n * B,) is appended. Nothing
     is, if each took one.
     """
@@ -233,34 +233,34 @@ def draw(model, h, temperature=1.0, n=1, sampler=temperature_as_needed, nearest_
         raise ValueError(f"temperature must be in (0, 1], not {temperature}")
     if isinstance(model, AR):
         return model.sample_chunks(h, n, temperature)
-    with less_noise(model.head, noise):
+    with less_noise(model.head, noise_scale):
         if temperature == 1 and nearest_of == 1:
             return model.sample_chunks(h, n)
-        tokens, samples = choose(model, h.repeat(n, 1), temperature, sampler, nearest_of)
+        tokens, taken = choose(model, h.repeat(n, 1), temperature, sampler, nearest_of)
     if calls is not None:
-        calls.append(samples.cpu())
+        calls.append(taken.cpu())
     return tokens.view(n, len(h), -1)
 
 
 def choose(model, h_rows, temperature, sampler, nearest_of):
-    """One chunk for each h (rows, D), chosen among several samples -> tokens (rows, K), samples
-    that each took (rows,). The arguments are those of `draw`."""
+    """One chunk for each h (rows, D), chosen among several samples -> tokens (rows, K), number of
+    samples that each took (rows,). The arguments are those of `next_chunks`."""
 
-    def candidates(count, rows=slice(None)):
-        return model.sample_chunks(h_rows[rows], count)
+    def draw(m, rows=slice(None)):
+        return model.sample_chunks(h_rows[rows], m)
 
     if nearest_of > 1:
         at_once = max(1, 2**14 // nearest_of)                      # rows: so memory stays bounded
         tokens = [nearest_chunk(model, part, nearest_of) for part in h_rows.split(at_once)]
         return torch.cat(tokens), torch.full((len(h_rows),), nearest_of)
-    return sampler(candidates, len(h_rows), temperature)
+    return sampler(draw, len(h_rows), temperature)
 
 
 # --- Generation ----------------------------------------------------------------------------
 
 
 def whole_chunks(prompt, chunk_size, eot):
-    """Prompt (B, P) -> (B, P'), P' a positive multiple of K: a chunk ends where the prompt ends.
+    """Prompt (B, length) -> (B, a positive multiple of K): a chunk ends where the prompt ends.
 
     Up to K - 1 tokens at its front are left out. What remains is like the windows of training,
     which begin anywhere in a text; padding in front would make a first chunk unlike any of those.
@@ -276,25 +276,25 @@ def whole_chunks(prompt, chunk_size, eot):
 
 @torch.inference_mode()
 def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling):
-    """Continue prompt (B, P), P from 0 to the context. Yields tokens (B, K) as they are drawn.
+    """Continue prompt (B, length), of 0 tokens up to the context. Yields tokens (B, K) as drawn.
 
-    eot: the end-of-text token. After its first one a text is filled with it, and generation stops
-    when all texts have one. None: no token is special.
+    eot: the token between documents, which ends a text (see `border_token`). After its first one a
+    text is filled with it, and generation stops when all texts have one. None: no token ends it.
     A text that outgrows the context goes on with the last half of the context.
-    sampling: other arguments of `draw`.
+    sampling: other arguments of `next_chunks`.
     """
     K = model.chunk_size
-    context = model.config.block_size                              # in chunks
-    cache = KVCache(context)
+    block_size = model.config.block_size                           # the context, in chunks
+    cache = KVCache(block_size)
     text = whole_chunks(prompt, K, eot)
     unread = text                                                  # what is not in the cache yet
     ended = torch.zeros(len(text), dtype=torch.bool, device=text.device)
     for _ in range(0, max_new_tokens, K):
-        if cache.length == context:
+        if cache.length == block_size:
             cache.length = 0
-            unread = text[:, -max(context // 2, 1) * K:]
-        h = model.hidden(unread, cache)                            # (B, T, D)
-        new = draw(model, h[:, -1], temperature, **sampling)[0]    # (B, K)
+            unread = text[:, -max(block_size // 2, 1) * K:]
+        h = model.hidden(unread, cache)                            # (B, chunks of `unread`, D)
+        new = next_chunks(model, h[:, -1], temperature, **sampling)[0]    # (B, K)
         if eot is not None:
             is_eot = new == eot
             after_eot = (is_eot.cumsum(1) - is_eot.long()) > 0     # after the first of this chunk
@@ -308,26 +308,26 @@ def stream(model, prompt, max_new_tokens, temperature=1.0, eot=None, **sampling)
 
 
 def generate(model, prompt, max_new_tokens, *args, **kwargs):
-    """Prompt (B, P) -> tokens (B, P + new): it and up to max_new_tokens more. See `stream`."""
+    """Prompt (B, length) -> it and up to max_new_tokens more (B, length + new). See `stream`."""
     new = list(stream(model, prompt, max_new_tokens, *args, **kwargs))
     return torch.cat([prompt, *new], dim=1)[:, :prompt.shape[1] + max_new_tokens]
 
 
-def ways_to_write(model, noise=1.0):
-    """In which ways a model's text is shown -> {a name: arguments of `draw`}. noise: at T, not for
-    near, which has its own."""
+def ways_to_write(model, noise_scale=1.0):
+    """In which ways a model's text is shown -> {a name: arguments of `next_chunks`}. noise_scale:
+    at T = 1 and 0.5; near has its own."""
     if isinstance(model, AR):
         return {"T = 1": {}, "T = 0.5": {"temperature": 0.5}}
-    less = "" if noise == 1 else f", noise {noise:g}"
-    return {f"T = 1{less}": {"noise": noise},
+    less = "" if noise_scale == 1 else f", noise {noise_scale:g}"
+    return {f"T = 1{less}": {"noise_scale": noise_scale},
             "near": NEAR,
-            f"T = 0.5{less}": {"noise": noise, "temperature": 0.5}}
+            f"T = 0.5{less}": {"noise_scale": noise_scale, "temperature": 0.5}}
 
 
 def continue_text(model, data, device, dtype, seed, new_tokens=300):
     """Print a piece of held-out text, and how the model continues it in different ways."""
     context = model.config.block_size * model.chunk_size
-    offset = data.even_offsets("val", 2, context)[-1:]
+    offset = data.even_offsets("val", 2, context)[-1:]             # in the middle of the split
     prompt = data.batch("val", offset, max(context // 4, 1)).to(device)
     print(f"--- held-out text {'-' * 62}\n{show(data.tokenizer, prompt[0].tolist())}")
     eot = border_token(data.tokenizer)
@@ -412,7 +412,7 @@ def cast_matrices(model, dtype):
         if isinstance(module, nn.Linear):
             module.to(dtype)
     if isinstance(model, CALM) and model.config.input_mode == "discrete":
-        # The decoder's last matrix. In the other modes tokens are looked up in it, in float32.
+        # The decoder's last matrix. In the other modes h depends on it, so there it stays float32.
         model.autoencoder.encoder.embed_tokens.to(dtype)
     return model
 
@@ -426,7 +426,7 @@ def add_model_flags(add):
         help="evaluations per sample of a flow or diffusion head")
     add("--noise", type=within(0, 1, float),
         help="scale of the energy head's noise, from 0 to 1: less gives likelier, less varied "
-        f"text, at no cost; None: 1, with --sampler near {NEAR['noise']}")
+        f"text, at no cost; None: 1, with --sampler near {NEAR['noise_scale']}")
     add("--seed", type=within(0, (1 << 20) - 1), default=0,
         help="of the samples: same seed, same text")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -449,11 +449,16 @@ def load(args):
             model, checkpoint = load_model(args.out_dir, args.model, device, dtype, **changes)
     except ValueError as error:   # a number of evaluations that this head does not take
         fail(f"--{error}")
-    if args.noise is None:
-        args.noise = NEAR["noise"] if args.sampler == "near" else 1.0
-    elif isinstance(model, CALM) and not isinstance(model.head, EnergyHead):
-        fail(f"--noise is for the energy head, not for {type(model.head).__name__}: drop it")
     return model, checkpoint, device, dtype
+
+
+def noise_scale(args, model):
+    """What --noise asks for, or else the default of the sampler. AR has none, and ignores it."""
+    if args.noise is None:
+        return NEAR["noise_scale"] if args.sampler == "near" else 1.0
+    if isinstance(model, CALM) and not isinstance(model.head, EnergyHead):
+        fail(f"--noise is for the energy head, not for {type(model.head).__name__}: drop it")
+    return args.noise
 
 
 def check_vocabulary(model, tokenizer):
@@ -467,11 +472,11 @@ def check_vocabulary(model, tokenizer):
 # --- Run it --------------------------------------------------------------------------------
 
 
-def how_to_draw(args):
-    """The flags of the sampler -> arguments of `draw`."""
+def how_to_draw(args, model):
+    """The flags of the sampler -> arguments of `next_chunks`."""
     T = args.temperature
     N = args.num_candidates or (NEAR["nearest_of"] if args.sampler == "near" else 200)
-    how = {"temperature": T, "noise": args.noise}
+    how = {"temperature": T, "noise_scale": noise_scale(args, model)}
     if args.sampler == "near":
         if T < 1:
             fail("--sampler near has no temperature: drop --temperature, and choose "
@@ -489,7 +494,7 @@ def write(model, tokenizer, tokens, prompt, args, **sampling):
     several only when all are done.
 
     tokens (1, P): what the model reads first; the prompt is its end.
-    sampling: arguments of `draw`.
+    sampling: arguments of `next_chunks`.
     """
     eot = border_token(tokenizer)
     calls = []                                                     # samples that each chunk took
@@ -600,10 +605,10 @@ def main():
         context = model.config.block_size * model.chunk_size       # in tokens
         prompt = read_prompt(args, tokenizer, context)
         ids = prompt
-        if len(prompt) < model.chunk_size:
+        if len(prompt) < model.chunk_size:   # no whole chunk: a new document, which begins so
             ids = document_start(model, checkpoint, tokenizer) + prompt
         tokens = torch.tensor([ids], device=device)
-        sampling = how_to_draw(args)
+        sampling = how_to_draw(args, model)
         torch.manual_seed(args.seed)
         with autocast(device, dtype):
             write(model, tokenizer, tokens, prompt, args, **sampling)

@@ -12,8 +12,8 @@ import torch
 import data.prepare
 import sample
 from helpers import BOTH, EOT, V, assert_one_line, tiny_ar, tiny_calm
-from sample import (NEAR, algorithm_2, cast_matrices, counts, draw, generate, less_noise,
-                    nearest_chunk, stream, temperature_as_needed, temperature_batch,
+from sample import (NEAR, algorithm_2, cast_matrices, counts, generate, less_noise, nearest_chunk,
+                    next_chunks, stream, temperature_as_needed, temperature_batch,
                     temperature_exact, whole_chunks)
 
 
@@ -120,7 +120,7 @@ def test_the_nearest_sample_is_the_one_that_lies_nearest_to_the_mean_of_its_chun
     assert nearest_chunk(model, h, 1).tolist() == [[1], [2], [4]]
     assert nearest_chunk(model, h, 2).tolist() == [[5], [6], [4]]
     calls = []
-    tokens = draw(model, h.repeat(5000, 1), n=2, nearest_of=2, calls=calls)
+    tokens = next_chunks(model, h.repeat(5000, 1), n=2, nearest_of=2, calls=calls)
     assert tokens.shape == (2, 15_000, 1) and set(calls[0].tolist()) == {2}
     assert torch.equal(tokens, torch.tensor([5, 6, 4]).repeat(10_000).view(2, 15_000, 1))
 
@@ -209,9 +209,10 @@ def test_both_algorithms_give_a_model_the_same_frequencies():
     torch.manual_seed(0)
     model = tiny_calm(K=1)
     h = torch.randn(32).expand(2000, -1)
-    exact = draw(model, h, 0.7, sampler=temperature_exact)[0, :, 0].bincount(minlength=V) / 2000
+    exact = next_chunks(model, h, 0.7, sampler=temperature_exact)[0, :, 0]
+    exact = exact.bincount(minlength=V) / 2000
     paper = algorithm_2(300, "batch")
-    batch = draw(model, h, 0.7, sampler=paper)[0, :, 0].bincount(minlength=V) / 2000
+    batch = next_chunks(model, h, 0.7, sampler=paper)[0, :, 0].bincount(minlength=V) / 2000
     assert (exact - batch).abs().max() < 5 * (0.25 * 2 / 2000) ** 0.5 and exact.max() < 0.9
 
 
@@ -220,7 +221,7 @@ def test_ar_temperature_sharpens_the_softmax():
     model = tiny_ar()
     h = torch.randn(1, 32).expand(100_000, -1)
     p = (model.lm_head(h[0]) / 0.5).softmax(-1)
-    found = draw(model, h, 0.5)[0, :, 0].bincount(minlength=V) / len(h)
+    found = next_chunks(model, h, 0.5)[0, :, 0].bincount(minlength=V) / len(h)
     assert ((found - p).abs() < 5 * (p * (1 - p) / len(h)).sqrt() + 1e-6).all()
 
 
@@ -234,7 +235,7 @@ def test_casting_matrices_once_equals_autocast(kind):
         with torch.autocast("cpu", torch.bfloat16):
             h = model.hidden(tokens)
             torch.manual_seed(0)
-            found.append((h, draw(model, h[:, -1])[0]))
+            found.append((h, next_chunks(model, h[:, -1])[0]))
         cast_matrices(model, torch.bfloat16)
     assert model.transformer.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
@@ -292,7 +293,7 @@ def test_after_end_of_text_comes_only_end_of_text(make):
 
 
 def test_generation_stops_when_every_text_has_ended(monkeypatch):
-    monkeypatch.setattr(sample, "draw", lambda model, h, *_: torch.full((1, len(h), 1), EOT))
+    monkeypatch.setattr(sample, "next_chunks", lambda model, h, *_: torch.full((1, len(h), 1), EOT))
     assert len(list(stream(tiny_ar(), torch.randint(V - 1, (2, 4)), 30, eot=EOT))) == 1
 
 
@@ -307,7 +308,7 @@ def test_a_text_that_outgrows_the_context_goes_on_with_the_last_half_of_it(make,
         seen.append(h)
         return torch.randint(V, (1, len(h), K))
 
-    monkeypatch.setattr(sample, "draw", remember)
+    monkeypatch.setattr(sample, "next_chunks", remember)
     text = generate(model, torch.randint(V, (1, K)), (context + 3) * K)
     assert text.shape[1] == (context + 4) * K
     # Draw i sees i + 1 chunks; draw number `context` is the first after the cache was full.
