@@ -401,8 +401,12 @@ def frontier(args, model, measure):
     measure(calls=calls, other arguments of `next_chunks`) -> Scores
     """
     near = args.sampler == "near"
-    temperatures = [1.0] if near else args.temperatures or (1, 0.8, 0.65, 0.5, 0.33)
-    limits = args.candidates or ([1, 2, 4, 8, 16, 64] if near else [200])
+    if near:
+        temperatures = [1.0]
+        limits = args.candidates or [1, 2, 4, 8, 16, 64]
+    else:
+        temperatures = args.temperatures or [1, 0.8, 0.65, 0.5, 0.33]
+        limits = args.candidates or [200]
     autoencoder_config = None if isinstance(model, AR) else model.autoencoder.config
     flops = flops_per_token(model.config, autoencoder_config)
     print("temperature  candidates: at most  drawn          accuracy         collision"
@@ -478,7 +482,25 @@ def parse_args():
         fail("--sampler near is for CALM, and has no temperature: drop --temperatures, --model ar")
     if args.official and not args.data and not args.plot:
         fail("--official needs --data, prepared with the model's tokenizer")
+    if args.windows is None:
+        args.windows = 32 if args.frontier else 375
     return args
+
+
+def held_out_data(args, model, checkpoint):
+    """The data set of --data, or that of training, unless it has changed -> TokenData.
+
+    checkpoint: None for a published model.
+    """
+    data = load_data(args.data or checkpoint["data"]["name"])
+    if args.official:
+        check_vocabulary(model, data.tokenizer)
+        return data
+    check_tokenizer(checkpoint, data)
+    if not args.data and data.meta["fingerprint"] != checkpoint["data"]["fingerprint"]:
+        fail(f"{data.folder} has changed since the model was trained, and what is held out may "
+             f"have been trained on: --data {data.meta['name']} scores it all the same")
+    return data
 
 
 def load_other(run, kind, data, device, dtype):
@@ -566,17 +588,11 @@ def main():
             return
 
         model, checkpoint, device, dtype = load(args)
-        data = load_data(args.data or checkpoint["data"]["name"])
+        data = held_out_data(args, model, checkpoint)
         stride = args.stride
         context = args.context
-        if args.official:
-            check_vocabulary(model, data.tokenizer)
-        else:
-            check_tokenizer(checkpoint, data)
+        if checkpoint:
             stride = stride or checkpoint["settings"]["stride"]    # an AR's is that of its CALM
-            if not args.data and data.meta["fingerprint"] != checkpoint["data"]["fingerprint"]:
-                fail(f"{data.folder} has changed since the model was trained, and what is held out "
-                     f"may have been trained on: --data {data.meta['name']} scores it all the same")
         if args.against is not None:
             other, other_checkpoint = load_other(args.against, args.model, data, device, dtype)
             stride, context = common_grid(model, other, stride, other_checkpoint, context)
@@ -588,8 +604,7 @@ def main():
             judge = load_judge(args, model, data, device, dtype, length)
 
         def measure(model=model, **sampling):
-            windows = args.windows or (32 if args.frontier else 375)
-            return score_documents(model, data, device, dtype, windows, stride, context,
+            return score_documents(model, data, device, dtype, args.windows, stride, context,
                                    args.num_draws, args.seed, progress=True,
                                    noise_scale=noise, **sampling)
 

@@ -475,7 +475,8 @@ def check_vocabulary(model, tokenizer):
 def how_to_draw(args, model):
     """The flags of the sampler -> arguments of `next_chunks`."""
     T = args.temperature
-    N = args.num_candidates or (NEAR["nearest_of"] if args.sampler == "near" else 200)
+    default = NEAR["nearest_of"] if args.sampler == "near" else 200
+    N = args.num_candidates or default
     how = {"temperature": T, "noise_scale": noise_scale(args, model)}
     if args.sampler == "near":
         if T < 1:
