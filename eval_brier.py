@@ -30,8 +30,8 @@ from data.console import Parser, clean_end, fail, within
 from data.figure import plot
 from data.machine import autocast, seed_noise, share_out
 from data.prepare import load_data
-from sample import (add_model_flags, algorithm_2, check_vocabulary, generate, load, load_model,
-                    next_chunks, noise_scale, ways_to_write)
+from sample import (add_model_flags, algorithm_2, check_vocabulary, chosen_noise_scale, generate,
+                    load, load_model, next_chunks, ways_to_write)
 
 
 # --- The score -----------------------------------------------------------------------------
@@ -427,7 +427,7 @@ def frontier(args, model, measure):
             cost = flops["inference"] + (drawn - 1) * flops.get("candidate", 0.0)
             if near and N > 1:   # each candidate's chunk is encoded, too
                 cost += N * flops["encode"]
-            row = {"temperature": T, "num_candidates": N, "noise": noise_scale(args, model),
+            row = {"temperature": T, "num_candidates": N, "noise": chosen_noise_scale(args, model),
                    "candidates_drawn": drawn, "flops_per_token": cost}
             columns = ""
             for name, digits in (("accuracy", 4), ("collision", 4), ("brierlm", 2)):
@@ -569,7 +569,7 @@ def report_text(args, model, judge, data, device, dtype, context):
         title += f"  bits per token, read by the AR in {args.judge or args.out_dir}"
     print(title)
     texts = compare_texts(model, judge, data, device, dtype, context, seed=args.seed,
-                          noise_scale=noise_scale(args, model))
+                          noise_scale=chosen_noise_scale(args, model))
     for name, (share, bits) in texts.items():
         found["distinct"][name] = share
         line = f"{name:26}  {share:10.4f}"
@@ -597,7 +597,7 @@ def main():
             other, other_checkpoint = load_other(args.against, args.model, data, device, dtype)
             stride, context = common_grid(model, other, stride, other_checkpoint, context)
         stride, context = grid(model, stride, context)
-        noise = noise_scale(args, model)
+        noise = chosen_noise_scale(args, model)
         judge = None
         if not args.frontier:
             length = text_length(model.chunk_size, context)

@@ -452,7 +452,7 @@ def load(args):
     return model, checkpoint, device, dtype
 
 
-def noise_scale(args, model):
+def chosen_noise_scale(args, model):
     """What --noise asks for, or else the default of the sampler. AR has none, and ignores it."""
     if args.noise is None:
         return NEAR["noise_scale"] if args.sampler == "near" else 1.0
@@ -477,7 +477,7 @@ def how_to_draw(args, model):
     T = args.temperature
     default = NEAR["nearest_of"] if args.sampler == "near" else 200
     N = args.num_candidates or default
-    how = {"temperature": T, "noise_scale": noise_scale(args, model)}
+    how = {"temperature": T, "noise_scale": chosen_noise_scale(args, model)}
     if args.sampler == "near":
         if T < 1:
             fail("--sampler near has no temperature: drop --temperature, and choose "
