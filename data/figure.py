@@ -175,7 +175,7 @@ def point_labels(series, corners):
                       (x + 6 + half, y - 16), (x - 6 - half, y + 16),
                       (x, y + 18), (x, y - 18), (x + 12 + half, y), (x - 12 - half, y)]
             for cx, cy in places:
-                box = (cx - half, cy - 8, cx + half, cy + 8)
+                box = (cx - half, cy - 6, cx + half, cy + 6)
                 if LEFT < box[0] and box[2] < RIGHT and not any(overlap(box, b) for b in taken):
                     break
             taken.append(box)
