@@ -143,7 +143,7 @@ class Attention(nn.Module):
         mask = None   # x is all positions so far (T = end: causal), or a single new one (T = 1)
         if 1 < T < end:   # or several new ones: each attends to cached and to earlier new ones
             mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(end - T)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == end)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=(T == end))
         return self.o_proj(x.transpose(1, 2).flatten(-2))          # (B, T, D)
 
 
