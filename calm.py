@@ -9,7 +9,8 @@ A training step in five lines (`python calm.py` takes a line of text through the
     the true chunk t+1        -> M samples y of its vector   the frozen autoencoder's posterior
     the samples z and y       -> loss                        energy_score
 
-Read it from here to AR, the token-by-token baseline. Two slower heads, and all costs, come after.
+Read it from here to AR, the token-by-token baseline. Two slower heads, and what everything costs,
+come after.
 
 Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, N samples
 of the head, M samples of the posterior, L numbers in a chunk's vector, P positions (B and T
@@ -17,7 +18,7 @@ flattened), nh attention heads of width hs. tokens (B, T*K), chunks (B, T, K), h
 (..., L). Layers have the names that they have in the authors' checkpoints.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -31,7 +32,8 @@ from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, init_w
 
 @dataclass
 class CALMConfig:
-    """Sizes of a CALM. The defaults are the paper's CALM-S, but for the vocabulary: bytes."""
+    """Sizes of a CALM. The defaults are the paper's CALM-S, but for the vocabulary: bytes.
+    Smaller models have other numbers, also for N, M and alpha: the presets in train.py."""
     vocab_size: int = 257          # V: 256 bytes and end-of-text
     chunk_size: int = 4            # K: tokens in a chunk
     latent_dim: int = 128          # L: size of a chunk's vector
@@ -47,38 +49,19 @@ class CALMConfig:
     alpha: float = 1.0             # exponent of the energy score, in (0, 2)
     input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # tokens, latents, both
     head: str = "energy"           # generative head, a name in HEADS
-    num_evals: int = 0             # network evaluations per sample; 0: the head's default
+    num_evals: int = 0             # evaluations per sample of a slow head; 0: the head's default
     aux_weight: float = 0.0        # weight of CALM.auxiliary_loss, which is ours, not the paper's
-
-    def __post_init__(self):
-        check_attention_heads(self.n_embd, self.n_head)
-        if self.head not in HEADS:   # HEADS is below the heads
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, not {self.head!r}")
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples must be at least 2, for pairs, not {self.num_samples}")
-        if not 0 < self.alpha < 2:
-            raise ValueError(f"alpha must be in (0, 2), not {self.alpha}")
-        self.num_evals = self.num_evals or HEADS[self.head].default_evals
 
 
 @dataclass
 class ARConfig:
     """Sizes of the token-by-token baseline. The defaults are the paper's Transformer-S."""
-    vocab_size: int = 257
-    n_embd: int = 768
+    vocab_size: int = 257          # V
+    n_embd: int = 768              # D
     n_ff: int = 2048
     n_layer: int = 12
     n_head: int = 16
     block_size: int = 2048         # context in tokens
-
-    def __post_init__(self):
-        check_attention_heads(self.n_embd, self.n_head)
-
-
-def check_attention_heads(n_embd, n_head):
-    """Raise ValueError unless all heads get the same width, an even one: `rotate` turns pairs."""
-    if n_embd % (2 * n_head) != 0:
-        raise ValueError(f"n_embd {n_embd} must be divisible by 2 n_head = {2 * n_head}")
 
 
 # --- The Transformer (section 3.3): LLaMA's, with RMSNorm, rotary positions, SwiGLU, no biases
@@ -86,7 +69,8 @@ def check_attention_heads(n_embd, n_head):
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # No checkpoint has these tables: on the CPU even where the model is built on "meta", empty.
+    # On the CPU, even where load_official builds a model without numbers, on the meta device: the
+    # numbers of a checkpoint take their place, but a checkpoint does not have these.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)                                     # (positions, hs)
@@ -121,6 +105,8 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         D = config.n_embd
+        if D % (2 * config.n_head) != 0:   # an even width for each head, as `rotate` turns pairs
+            raise ValueError(f"n_embd {D} must be a multiple of 2 n_head = {2 * config.n_head}")
         self.layer = layer
         self.n_head = config.n_head
         self.q_proj = nn.Linear(D, D, bias=False)
@@ -138,12 +124,11 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin).type_as(v)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)                   # (B, nh, end, hs)
+        # Either x is all positions so far, or it is one new position, which may look at them all.
         T = q.shape[2]
         end = k.shape[2]
-        mask = None   # x is all positions so far (T = end: causal), or a single new one (T = 1)
-        if 1 < T < end:   # or several new ones: each attends to cached and to earlier new ones
-            mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(end - T)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=(T == end))
+        assert T in (1, end), "a cache takes a whole prompt, then one position at a time"
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=(T == end))
         return self.o_proj(x.transpose(1, 2).flatten(-2))          # (B, T, D)
 
 
@@ -165,7 +150,6 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.block_size = config.block_size
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.norm = RMSNorm(config.n_embd, eps=1e-6)
         cos, sin = rotary_tables(config.n_embd // config.n_head, config.block_size)
@@ -176,8 +160,7 @@ class Transformer(nn.Module):
         """x (B, T, D) -> h (B, T, D). With a cache, x goes on where the cache ends."""
         start = 0 if cache is None else cache.length
         end = start + x.shape[1]
-        if end > self.block_size:
-            raise ValueError(f"{end} positions, but the context is {self.block_size}")
+        assert end <= len(self.cos), f"{end} positions, but the context is {len(self.cos)}"
         for layer in self.layers:
             x = layer(x, self.cos[start:end], self.sin[start:end], cache)
         if cache is not None:
@@ -222,15 +205,11 @@ class FinalLayer(nn.Module):
 
 class EnergyHead(nn.Module):
     """Draws the next vector given h_t. Like every head it has two methods: a loss and a sample."""
-    default_evals = 1     # network evaluations per sample
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         D = config.n_embd
-        self.noise_scale = 1.0   # ours: sample.py lowers it, for likelier, less varied vectors
-        if config.num_evals != 1:
-            raise ValueError(f"num_evals must be 1 for the energy head, not {config.num_evals}")
         self.noise_embd = nn.Linear(config.n_noise, D)
         self.norm_noise = nn.LayerNorm(D, eps=1e-6)
         self.hidden_embd = nn.Linear(D, D)
@@ -240,18 +219,29 @@ class EnergyHead(nn.Module):
         self.apply(init_weights)
         nn.init.zeros_(self.final_layer.linears[2].weight)         # every z is 0 before training
 
-    def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L). noise (n, ..., n_noise): tests give it."""
+    def sample(self, h, n, noise=None, noise_scale=1.0):
+        """n samples given h (..., D) -> z (n, ..., L).
+
+        noise (n, ..., n_noise): uniform in [-0.5, 0.5], drawn here unless it is given. noise_scale:
+        ours, not the paper's, from 0 to 1. With less noise the samples differ less, and decode to
+        likelier chunks, as at a low temperature, but at no cost. (At 0 there is one sample for each
+        h.) It stands behind norm_noise, which would undo it.
+        """
         if noise is None:
             noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5
-        x = self.noise_scale * self.norm_noise(self.noise_embd(noise))    # (n, ..., D)
+        x = noise_scale * self.norm_noise(self.noise_embd(noise))  # (n, ..., D)
         c = self.norm_hidden(self.hidden_embd(h))                  # (..., D)
         for block in self.mlp_blocks:
             x = block(x, c)
         return self.final_layer(x)                                 # (n, ..., L)
 
     def loss(self, h, mean, log_std):
-        """Equation 12: h (P, D); mean, log_std (P, L) of the next chunk's posterior -> (P,)."""
+        """Equation 12: h (P, D); mean, log_std (P, L) of the next chunk's posterior -> (P,).
+
+        The gradient flows through the samples: from the score into each z, from z into the weights
+        that turned noise into it. That takes no likelihood, only samples that are a differentiable
+        function of the weights.
+        """
         z = self.sample(h, self.config.num_samples)                # (N, P, L)
         y = posterior_samples(mean, log_std, self.config.num_targets)     # (M, P, L)
         return energy_score(z, y, self.config.alpha)
@@ -263,9 +253,14 @@ def energy_score(z, y, alpha=1.0):
         2/(N M) sum_{n,m} |z_n - y_m|^alpha  -  1/(N (N-1)) sum_{n != i} |z_n - z_i|^alpha
 
     The first term pulls the samples to the targets, the second keeps them apart from each other.
-    The text shows one next chunk after each h, but similar h are followed by different chunks.
-    Averaged over the text, the loss is lowest exactly if z, given h, has the distribution of y over
-    all chunks that can follow (0 < alpha < 2).
+    Why this trains a distribution: averaged over all draws, and after E|y - y'|^alpha is taken
+    away, which the model cannot change, it is
+
+        2 E|z - y|^alpha - E|z - z'|^alpha - E|y - y'|^alpha,
+
+    the energy distance between the law of z and that of y. For 0 < alpha < 2 it is at least 0, and
+    0 only if the two laws are equal. The text shows one next chunk after each h, but similar h are
+    followed by different chunks: the law of y is that of all chunks that can follow.
     """
     N = len(z)
     with torch.autocast(z.device.type, enabled=False):
@@ -310,12 +305,11 @@ class CALM(nn.Module):
             self.embed_tokens = nn.Embedding(config.vocab_size, D)
             self.embed_proj = nn.Sequential(nn.Linear(K * D, 2 * D), nn.SiLU(),
                                             nn.Linear(2 * D, D), nn.LayerNorm(D, eps=1e-6))
-        if config.input_mode != "discrete":
+        if config.input_mode != "discrete":                        # the paper's ablation
             self.latent_proj = nn.Linear(config.latent_dim, D)
         self.transformer = Transformer(config)
         if config.aux_weight > 0:                                  # ours: see auxiliary_loss
             self.aux = nn.Linear(D, K * config.vocab_size)
-            self.aux_every = math.ceil(config.vocab_size / 4096)   # at one of so many positions
         self.apply(init_weights)                                   # all of the above
         self.head = HEADS[config.head](config)                     # it initialises itself
         self.autoencoder = autoencoder.requires_grad_(False)       # it is trained already
@@ -327,17 +321,12 @@ class CALM(nn.Module):
         return self
 
     def inputs(self, tokens):
-        """tokens (B, T*K) -> one vector per chunk (B, T, D) (section 3.3), by default from token
-        embeddings: the paper found the autoencoder's vectors to be a worse input."""
+        """tokens (B, T*K) -> one vector per chunk (B, T, D), from its token embeddings (section
+        3.3). The paper found the autoencoder's vectors to be a worse input."""
         chunks = tokens.unflatten(1, (-1, self.chunk_size))        # (B, T, K)
-        x = 0
-        if self.config.input_mode != "continuous":
-            embedded = self.embed_tokens(chunks).flatten(-2)       # (B, T, K*D)
-            x = self.embed_proj(embedded)                          # (B, T, D)
         if self.config.input_mode != "discrete":
-            mean, _ = self.autoencoder.encode(chunks)              # (B, T, L)
-            x = x + self.latent_proj(mean)
-        return x
+            return self.latent_inputs(chunks)
+        return self.embed_proj(self.embed_tokens(chunks).flatten(-2))     # (B, T, K*D) -> (B, T, D)
 
     def hidden(self, tokens, cache=None):
         """tokens (B, T*K) -> h (B, T, D): h_t has seen chunks up to t, and predicts chunk t+1."""
@@ -348,40 +337,36 @@ class CALM(nn.Module):
         K = self.chunk_size
         h = self.hidden(tokens[:, :-K]).flatten(0, 1)              # (P, D)
         targets = tokens[:, K:].reshape(-1, K)                     # (P, K): the chunks to come
-        mean, log_std = self.autoencoder.encode(targets)           # (P, L) each: its posterior
+        mean, log_std = self.autoencoder.encode(targets)           # (P, L) each: their posteriors
         head_loss = self.head.loss(h, mean, log_std).mean()
-        if self.config.aux_weight == 0:
-            return head_loss, {"loss": head_loss.detach(), self.config.head: head_loss.detach()}
+        loss = head_loss
+        if self.config.aux_weight > 0:
+            loss = head_loss + self.config.aux_weight * self.auxiliary_loss(h, targets)
+        return loss, {"loss": loss.detach(), "head_loss": head_loss.detach()}
 
-        aux = self.auxiliary_loss(h, targets)
-        loss = head_loss + self.config.aux_weight * aux
-        return loss, {"loss": loss.detach(), self.config.head: head_loss.detach(),
-                      "aux": aux.detach()}
+    forward = loss   # what torch.compile and DistributedDataParallel call
 
-    def forward(self, tokens):
-        """The loss: what torch.compile and DistributedDataParallel call."""
-        return self.loss(tokens)
+    def sample_chunks(self, h, n, noise_scale=1.0):
+        """n next chunks given each h (..., D) -> tokens (n, ..., K). noise_scale: of EnergyHead."""
+        scale = {} if noise_scale == 1 else {"noise_scale": noise_scale}   # others have none
+        return self.autoencoder.tokens(self.head.sample(h, n, **scale))
 
-    def sample_chunks(self, h, n):
-        """n next chunks given each h (..., D) -> tokens (n, ..., K)."""
-        return self.autoencoder.tokens(self.sample_vectors(h, n))
-
-    def sample_vectors(self, h, n):
-        """n next vectors given each h (..., D) -> z (n, ..., L), in slices that bound memory."""
-        at_once = max(1, 2**14 // h.shape[:-1].numel())            # 2^14 vectors, or one of each h
-        z = [self.head.sample(h, min(at_once, n - done)) for done in range(0, n, at_once)]
-        return torch.cat(z)
+    def latent_inputs(self, chunks):
+        """The paper's ablation: chunks (B, T, K) -> (B, T, D), from the chunks' vectors, with
+        input_mode "both" also from their token embeddings."""
+        mean, _ = self.autoencoder.encode(chunks)                  # (B, T, L)
+        x = self.latent_proj(mean)                                 # (B, T, D)
+        if self.config.input_mode == "both":
+            x = x + self.embed_proj(self.embed_tokens(chunks).flatten(-2))
+        return x
 
     def auxiliary_loss(self, h, targets):
         """Ours, not the paper's, only in training: h (P, D) also predicts each token of the next
-        chunk, targets (P, K), by a softmax -> mean cross-entropy in nats. For large V this is done
-        at one of aux_every positions, drawn at random, which bounds the memory of the logits."""
-        if self.aux_every > 1:
-            some = torch.randperm(len(h), device=h.device)[::self.aux_every]
-            h = h[some]
-            targets = targets[some]
-        logits = self.aux(h).unflatten(-1, (self.chunk_size, -1)).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        chunk, targets (P, K), by a softmax -> mean cross-entropy in nats. With a large vocabulary
+        it is computed at fewer positions, which bounds the memory of the logits."""
+        every = math.ceil(self.config.vocab_size / 4096)
+        logits = self.aux(h[::every]).unflatten(-1, (self.chunk_size, -1)).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets[::every].flatten())
 
 
 class AR(nn.Module):
@@ -406,17 +391,11 @@ class AR(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return loss, {"loss": loss.detach()}
 
-    def forward(self, tokens):
-        """The loss: what torch.compile and DistributedDataParallel call."""
-        return self.loss(tokens)
-
-    def probabilities(self, h, temperature=1.0):
-        """The probabilities of the next token given h (..., D), at a temperature -> (..., V)."""
-        return (self.lm_head(h).float() / temperature).softmax(-1)
+    forward = loss
 
     def sample_chunks(self, h, n, temperature=1.0):
         """n next tokens, chunks of one, given each h (B, D) -> tokens (n, B, 1)."""
-        p = self.probabilities(h, temperature)                     # (B, V)
+        p = (self.lm_head(h).float() / temperature).softmax(-1)    # (B, V)
         return torch.multinomial(p, n, replacement=True).T[..., None]
 
 
@@ -478,12 +457,10 @@ class TimeNet(nn.Module):
 
 class FlowHead(TimeNet):
     """Flow matching: a velocity carries noise x_0 to z along the line x_t = (1 - t) x_0 + t z."""
-    default_evals = 20
 
     def __init__(self, config):
         super().__init__(config, config.latent_dim)
-        if config.num_evals % 2 != 0:
-            raise ValueError(f"num_evals must be even, two a step, not {config.num_evals}")
+        self.steps = max(1, (config.num_evals or 20) // 2)         # each evaluates it twice
 
     def velocity(self, x, t, h):
         """t (...) is in [0, 1]; the network gets floor(1000 t), as that of the authors does."""
@@ -499,82 +476,54 @@ class FlowHead(TimeNet):
         return error.square().mean(-1).mean(0)
 
     def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L), by num_evals / 2 midpoint steps from
-        noise (n, ..., L)."""
+        """n samples given h (..., D) -> z (n, ..., L), by midpoint steps from noise (n, ..., L)."""
         shape = (n, *h.shape[:-1], self.config.latent_dim)
         x = torch.randn(shape, device=h.device) if noise is None else noise
-        times = torch.linspace(0, 1, self.config.num_evals // 2 + 1, device=h.device)
+        times = torch.linspace(0, 1, self.steps + 1, device=h.device)
         for t, step in zip(times[:-1], times.diff()):
             middle = x + step / 2 * self.velocity(x, t.expand(shape[:-1]), h)
             x = x + step * self.velocity(middle, (t + step / 2).expand(shape[:-1]), h)
         return x
 
 
-class DiffusionSchedule(nn.Module):
-    """The constants of a diffusion:
-
-        x_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) noise
-
-    alpha_bar (steps,) falls from about 1 to about 0. Each buffer has one number for each step.
-    """
-
-    def __init__(self, alpha_bar):
-        super().__init__()
-        alpha_bar_before = F.pad(alpha_bar[:-1], (1, 0), value=1.0)       # alpha_bar_{t-1}
-        beta = 1 - alpha_bar / alpha_bar_before                    # variance of q(x_t | x_{t-1})
-
-        # The diffusion's posterior q(x_{t-1} | x_t, z) is a Gaussian, with the mean
-        # z_weight * z + x_weight * x_t and this variance:
-        z_weight = alpha_bar_before.sqrt() * beta / (1 - alpha_bar)
-        x_weight = (1 - beta).sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
-        posterior_variance = beta * (1 - alpha_bar_before) / (1 - alpha_bar)
-        # At t = 0 this variance is 0, which has no logarithm: that of t = 1 takes its place.
-        posterior_variance[0] = posterior_variance[1] if len(beta) > 1 else beta[0]
-
-        self.keep("signal", alpha_bar.sqrt())
-        self.keep("noise", (1 - alpha_bar).sqrt())
-        self.keep("z_weight", z_weight)
-        self.keep("x_weight", x_weight)
-        self.keep("log_posterior_variance", posterior_variance.log())
-        self.keep("log_beta", beta.log())
-
-    def keep(self, name, numbers):
-        self.register_buffer(name, numbers.float(), persistent=False)
-
-    def predict_z(self, x_t, noise, t):
-        """Solve x_t = signal z + noise_t noise for z: x_t, noise (..., L), step t (...)."""
-        return (x_t - self.noise[t][..., None] * noise) / self.signal[t][..., None]
-
-    def posterior_mean(self, z, x_t, t):
-        """The mean of q(x_{t-1} | x_t, z): z and x_t (..., L), step t (...) -> (..., L)."""
-        return self.z_weight[t][..., None] * z + self.x_weight[t][..., None] * x_t
-
-    def log_variance(self, v, t):
-        """v (..., L) -> (..., L): the posterior's log-variance at v = -1, log beta at v = 1."""
-        low = self.log_posterior_variance[t][..., None]
-        high = self.log_beta[t][..., None]
-        return torch.lerp(low, high, (v + 1) / 2)
-
-
 class DiffusionHead(TimeNet):
-    """Diffusion: noise becomes z step by step, t = 999 .. 0. The network predicts the noise in
-    x_t and, between two bounds, the log-variance of a step back (Nichol and Dhariwal, 2021)."""
-    default_evals = 100
+    """Diffusion: noise becomes z step by step, t = 999 .. 0, where
+
+        x_t = sqrt(a_t) z + sqrt(1 - a_t) noise
+
+    and a_t (alpha_bar) falls from about 1 to about 0. The network predicts the noise in x_t and,
+    between two bounds, the log-variance of a step back (Nichol and Dhariwal, 2021).
+    """
 
     def __init__(self, config):
         super().__init__(config, 2 * config.latent_dim)
-        if config.num_evals > 1000:
-            raise ValueError(f"num_evals must be at most 1000, not {config.num_evals}")
-        # The cosine schedule: alpha_bar falls as cos^2, but no step has a beta above 0.999.
+        # The cosine schedule: a_t falls as cos^2, but no step has a beta above 0.999.
         time = torch.arange(1001, dtype=torch.float64, device="cpu") / 1000
         angle = (time + 0.008) / 1.008 * math.pi / 2
         beta = (1 - angle[1:].cos() ** 2 / angle[:-1].cos() ** 2).clamp_max(0.999)
-        self.alpha_bar = (1 - beta).cumprod(0)                     # (1000,)
-        # Samples take num_evals of the 1000 steps, evenly spaced: a shorter chain of its own.
-        steps = torch.linspace(0, 999, config.num_evals, device="cpu").round().long()
-        self.sample_steps = steps.tolist()
-        self.train_schedule = DiffusionSchedule(self.alpha_bar)
-        self.sample_schedule = DiffusionSchedule(self.alpha_bar[steps])
+        self.register_buffer("alpha_bar", (1 - beta).cumprod(0), persistent=False)    # (1000,)
+
+    def predict_z(self, x_t, noise, a):
+        """Solve x_t = sqrt(a) z + sqrt(1 - a) noise for z: x_t, noise (..., L), a (..., 1)."""
+        return (x_t - (1 - a).sqrt().float() * noise) / a.sqrt().float()
+
+    def step_back(self, z, x_t, v, a, a_before):
+        """The Gaussian q(x_{t-1} | x_t, z) -> its mean (..., L), its log-variance (..., L).
+
+        a, a_before (..., 1), in float64: a_t and a_{t-1}; in a shorter chain, which takes only some
+        of the steps, that of the step before in the chain. v (..., L), from the network: at -1 the
+        log-variance is that of the posterior, at 1 that of the step forward, log beta.
+        """
+        beta = 1 - a / a_before                                    # variance of q(x_t | x_{t-1})
+        z_weight = a_before.sqrt() * beta / (1 - a)
+        x_weight = (1 - beta).sqrt() * (1 - a_before) / (1 - a)
+        mean = z_weight.float() * z + x_weight.float() * x_t
+
+        variance = beta * (1 - a_before) / (1 - a)                 # of the posterior
+        # At t = 0 it is 0, which has no logarithm: that of t = 1 takes its place.
+        a_0, a_1 = self.alpha_bar[:2]
+        variance = variance.clamp_min((1 - a_1 / a_0) * (1 - a_0) / (1 - a_1))
+        return mean, torch.lerp(variance.log().float(), beta.log().float(), (v + 1) / 2)
 
     def terms(self, z, noise, t, h):
         """Both parts of the loss at times t (...), averaged over L -> (...), (...).
@@ -582,16 +531,16 @@ class DiffusionHead(TimeNet):
         The first is the squared error of the predicted noise. The second is the KL divergence of
         the step back, in bits. It trains the variance alone: there the predicted noise is detached.
         """
-        schedule = self.train_schedule
-        x_t = schedule.signal[t][..., None] * z + schedule.noise[t][..., None] * noise
+        a = self.alpha_bar[t][..., None]                           # (..., 1)
+        a_before = F.pad(self.alpha_bar, (1, 0), value=1.0)[t][..., None]
+        x_t = a.sqrt().float() * z + (1 - a).sqrt().float() * noise
         predicted, v = self(x_t, t, h).chunk(2, dim=-1)            # (..., L) each
         squared_error = (noise - predicted).square().mean(-1)
 
         # The step back: as the network makes it, and as it is in truth.
-        mean = schedule.posterior_mean(schedule.predict_z(x_t, predicted.detach(), t), x_t, t)
-        log_variance = schedule.log_variance(v, t)
-        true_mean = schedule.posterior_mean(z, x_t, t)
-        true_log_variance = schedule.log_posterior_variance[t][..., None]
+        predicted_z = self.predict_z(x_t, predicted.detach(), a)
+        mean, log_variance = self.step_back(predicted_z, x_t, v, a, a_before)
+        true_mean, true_log_variance = self.step_back(z, x_t, -torch.ones_like(v), a, a_before)
         kl = (log_variance - true_log_variance - 1 + (true_log_variance - log_variance).exp()
               + (true_mean - mean) ** 2 / log_variance.exp()) / 2
         # At t = 0 the step back ends at z: its negative log-likelihood.
@@ -607,19 +556,19 @@ class DiffusionHead(TimeNet):
         return (squared_error + bits).mean(0)
 
     def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L), by num_evals steps back from noise
-        (n, ..., L)."""
+        """n samples given h (..., D) -> z (n, ..., L), by num_evals of the 1000 steps, evenly
+        spaced, from noise (n, ..., L)."""
         shape = (n, *h.shape[:-1], self.config.latent_dim)
         x = torch.randn(shape, device=h.device) if noise is None else noise
-        schedule = self.sample_schedule
-        # i counts the steps of this chain; the network is told which of the 1000 it is.
-        for i, step in reversed(list(enumerate(self.sample_steps))):
-            t = torch.full(shape[:-1], step, device=h.device)
+        steps = torch.linspace(999, 0, self.config.num_evals or 100).round().long()
+        a = F.pad(self.alpha_bar[steps], (0, 1), value=1.0)        # at the end x is z
+        for i, step in enumerate(steps):
+            t = step.to(h.device).expand(shape[:-1])
             predicted, v = self(x, t, h).chunk(2, dim=-1)
-            z = schedule.predict_z(x, predicted, i).clamp(-10, 10)    # t = 999 divides by 5e-5
-            x = schedule.posterior_mean(z, x, i)
-            if i > 0:
-                x = x + (schedule.log_variance(v, i) / 2).exp() * torch.randn_like(x)
+            z = self.predict_z(x, predicted, a[i]).clamp(-10, 10)     # t = 999 divides by 5e-5
+            x, log_variance = self.step_back(z, x, v, a[i], a[i + 1])
+            if i + 1 < len(steps):
+                x = x + (log_variance / 2).exp() * torch.randn_like(x)
         return x
 
 
@@ -630,21 +579,39 @@ HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
 
 
 def flops_per_token(config, autoencoder_config=None):
-    """FLOPs per token as the paper counts them (table 1).
+    """FLOPs per token as the paper counts them (table 1) -> {"train": x, "inference": x}.
 
-    config: an AutoencoderConfig, an ARConfig, or a CALMConfig with the config of its autoencoder
-    -> {"train": x, "inference": x}, and for some also the forward pass of each part, by name.
+    config: an AutoencoderConfig, an ARConfig, or a CALMConfig with the config of its autoencoder.
 
     A multiply-add is two FLOPs. Attention counts as if every position saw the whole context.
     Training costs three forward passes. What a chunk costs is shared by its K tokens. Inference is
-    at T = 1, with one sample per chunk; each more, for a lower temperature, adds "candidate".
+    at T = 1, with one sample per chunk.
     """
     with torch.device("meta"):   # tensors of shapes without numbers: nothing is computed
         if isinstance(config, AutoencoderConfig):
-            return autoencoder_flops(config)
+            encode, decode = autoencoder_flops(config)
+            return {"train": 3 * (encode + decode), "inference": encode + decode}
         if isinstance(config, ARConfig):
-            return ar_flops(config)
-        return calm_flops(config, autoencoder_config)
+            model = AR(config).to("meta")   # the rotary tables, too
+            forward = count_flops(model.loss, torch.zeros(1, config.block_size + 1).long())
+            forward /= config.block_size
+            return {"train": 3 * forward, "inference": forward}
+
+        encode, decode = autoencoder_flops(autoencoder_config)
+        model = CALM(config, Autoencoder(autoencoder_config)).to("meta")
+        context = config.block_size * config.chunk_size            # in tokens
+        hidden = count_flops(model.hidden, torch.zeros(1, context).long()) / context
+        aux = 0.0
+        if config.aux_weight > 0:
+            aux = 2 * model.aux.weight.numel() / math.ceil(config.vocab_size / 4096)
+
+    # The head is counted with numbers, at one position: one of your own may read them.
+    head = HEADS[config.head](config)
+    h = torch.zeros(1, config.n_embd)
+    mean = torch.zeros(1, config.latent_dim)
+    loss = (count_flops(head.loss, h, mean, mean) + aux) / config.chunk_size
+    sample = count_flops(head.sample, h, 1) / config.chunk_size
+    return {"train": 3 * (hidden + loss) + encode, "inference": hidden + sample + decode}
 
 
 def count_flops(function, *inputs):
@@ -655,112 +622,44 @@ def count_flops(function, *inputs):
 
 
 def autoencoder_flops(config):
+    """FLOPs per token of encode and of decode."""
     K = config.chunk_size
     model = Autoencoder(config)
     encode = count_flops(model.encode, torch.zeros(1, K).long()) / K
     decode = count_flops(model.decode, torch.zeros(1, config.latent_dim)) / K
-    return {"train": 3 * (encode + decode), "inference": encode + decode,
-            "encode": encode, "decode": decode}
-
-
-def ar_flops(config):
-    T = config.block_size
-    model = AR(config).to("meta")   # the rotary tables, too
-    hidden = count_flops(model.hidden, torch.zeros(1, T).long()) / T
-    logits = count_flops(model.lm_head, torch.zeros(1, config.n_embd))
-    return {"train": 3 * (hidden + logits), "inference": hidden + logits}
-
-
-def calm_flops(config, autoencoder_config):
-    K = config.chunk_size
-    tokens = torch.zeros(1, config.block_size * K).long()          # a whole context
-    h = torch.zeros(1, config.n_embd)                              # a hidden state
-    autoencoder = autoencoder_flops(autoencoder_config)
-    # A slow head needs up to 100 evaluations of its network: counting two, and halving, is quicker.
-    evals = min(config.num_evals, 2)
-    model = CALM(replace(config, num_evals=evals), Autoencoder(autoencoder_config)).to("meta")
-
-    inputs = count_flops(model.inputs, tokens) / tokens.numel()
-    hidden = count_flops(model.hidden, tokens) / tokens.numel()    # inputs and Transformer
-    one = count_flops(model.head.sample, h, 1) / evals / K
-    samples = count_flops(model.head.sample, h, config.num_samples) / evals / K
-    aux = count_flops(model.aux, h) / model.aux_every / K if config.aux_weight > 0 else 0.0
-
-    return {"train": 3 * (hidden + samples + aux) + autoencoder["encode"],
-            "inference": hidden + config.num_evals * one + autoencoder["decode"],
-            "candidate": config.num_evals * one + autoencoder["decode"],
-            "inputs": inputs, "transformer": hidden - inputs, "samples": samples, "aux": aux,
-            "encode": autoencoder["encode"]}
+    return encode, decode
 
 
 # --- Run it: one line of text through the forward half of a training step ------------------
 
-TEXT = b"def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"
-
 
 @torch.no_grad()
-def show_step(model, chunks):
-    """Print each thing that a training step on chunks (1, T+1, K) makes, and what it costs."""
-    c = model.config
-    x = model.inputs(chunks[:, :-1].flatten(1))                    # (1, T, D)
-    h = model.transformer(x)                                       # (1, T, D)
-    z = model.head.sample(h[0], c.num_samples)                     # (N, T, L)
-    mean, log_std = model.autoencoder.encode(chunks[0, 1:])        # (T, L) each
-    y = posterior_samples(mean, log_std, c.num_targets)            # (M, T, L)
-    score = energy_score(z, y, c.alpha)                            # (T,)
-
-    flops = flops_per_token(c, model.autoencoder.config)
-    rows = [(f"text in chunks of K = {c.chunk_size} tokens", chunks[0], "section 2", 0),
-            ("x: an input vector for each but the last", x[0], "section 3.3", 3 * flops["inputs"]),
-            ("h: hidden states", h[0], "section 3.3", 3 * flops["transformer"]),
-            ("z: N samples of each next vector", z, "section 3.2", 3 * flops["samples"]),
-            ("mean, log_std: each true chunk's posterior", mean, "section 2.2", flops["encode"]),
-            ("y: M samples of that posterior", y, "equation 12", 0),
-            ("energy loss at each position", score, "equation 12", 0)]
-    if c.aux_weight > 0:
-        rows.append(("auxiliary targets, a softmax for each", chunks[0, 1:], "ours",
-                     3 * flops["aux"]))
-    print(f"{'step':44}{'shape':16}{'paper':13}of training FLOPs")
-    for step, value, paper, cost in rows:
-        share = f"{cost / flops['train']:6.1%}" if cost else ""
-        print(f"{step:44}{str(tuple(value.shape)):16}{paper:13}{share}".rstrip())
-
-    metrics = model.loss(chunks.flatten(1))[1]
-    print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-    print(f"FLOPs per token: training {flops['train']:.3e}, inference {flops['inference']:.3e}")
-
-
 def main():
-    from pathlib import Path
+    torch.manual_seed(0)
+    sizes = dict(chunk_size=4, latent_dim=32, n_embd=128)
+    autoencoder = Autoencoder(AutoencoderConfig(**sizes, n_ff=64))
+    config = CALMConfig(**sizes, n_ff=344, n_layer=4, n_head=2, n_head_layer=1, block_size=128)
+    model = CALM(config, autoencoder).eval()   # untrained
 
-    from data.checkpoint import DEFAULT_RUN, load_tokenizer
-    from data.console import clean_end
-    from data.prepare import encode, get_tokenizer
-    from sample import load_model, show
-    from train import make_model, parse_args
+    text = b"def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"
+    tokens = torch.tensor([list(text)])
+    chunks = tokens.unflatten(1, (-1, 4))
+    x = model.inputs(tokens[:, :-4])
+    h = model.transformer(x)
+    z = model.head.sample(h[0], config.num_samples)
+    mean, log_std = autoencoder.encode(chunks[0, 1:])
+    y = posterior_samples(mean, log_std, config.num_targets)
+    loss = energy_score(z, y, config.alpha)
 
-    with clean_end():
-        torch.manual_seed(0)
-        if Path(DEFAULT_RUN, "calm.pt").is_file():
-            model, checkpoint = load_model(DEFAULT_RUN, "calm")
-            tokenizer = load_tokenizer(checkpoint)
-        else:
-            print("random weights, whose samples are all zero: `python train.py` trains some\n")
-            model = make_model("calm", parse_args(["--preset", "nano", "--device", "cpu"])).eval()
-            tokenizer = get_tokenizer("bytes")
-
-        K = model.chunk_size
-        T = min(model.config.block_size, 18)                       # chunks to read, before the last
-        text = encode(tokenizer, TEXT * K)[:(T + 1) * K]           # long enough for any K
-        chunks = torch.tensor(text).view(1, T + 1, K)
-        show_step(model, chunks)
-
-        with torch.no_grad():
-            h = model.hidden(chunks[:, :-1].flatten(1))[:, -1]     # (1, D)
-            draws = model.sample_chunks(h, 6)[:, 0]                # (6, K)
-        texts = [repr(show(tokenizer, chunk.tolist())) for chunk in draws]
-        print(f"\nsix draws of the last chunk: {' '.join(texts)}\n"
-              f"the last chunk itself:       {show(tokenizer, chunks[0, -1].tolist())!r}")
+    for step, value, shape in [
+            ("text in chunks of K = 4 tokens", chunks, "(1, T+1, K)"),
+            ("x: an input vector for each but the last", x, "(1, T, D)"),
+            ("h: hidden states", h, "(1, T, D)"),
+            ("z: N samples of each next vector", z, "(N, T, L)"),
+            ("mean, log_std: each true chunk's posterior", mean, "(T, L)"),
+            ("y: M samples of that posterior", y, "(M, T, L)"),
+            ("energy loss at each position", loss, "(T,)")]:
+        print(f"{step:44} {shape:12} {tuple(value.shape)}")
 
 
 if __name__ == "__main__":
