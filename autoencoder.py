@@ -242,7 +242,7 @@ def main():
     model.load_state_dict(checkpoint["model"])
     data = TokenData(checkpoint["data"]["name"])
     length = 128 * model.config.chunk_size
-    tokens = data.batch("val", data.even_offsets("val", 256, length), length)
+    tokens = data.batch("val", data.even_offsets(256, length), length)
     torch.manual_seed(0)
     describe_vectors(model, tokens.view(-1, model.config.chunk_size))
 

@@ -1,14 +1,14 @@
 """
 BrierLM: how well does a model predict, judged from its samples alone (section 4 of the paper)?
 
-    python eval_brier.py                                # BrierLM of the default run, and its text
-    python eval_brier.py --against out/stdlib/ar.pt     # is it better than another model?
-    for T in 1 0.65 0.5 0.33; do python eval_brier.py --temperature $T; done     # the frontier
+    python eval_brier.py                               # BrierLM of the default run, and its text
+    python eval_brier.py --against out/stdlib/ar.pt    # is it better than another model?
+    for T in 1 0.65 0.5; do python eval_brier.py --temperature $T; done    # the frontier
 
-The Brier score of a forecast p for an outcome t is 2 p(t) - sum_x p(x)^2. Its expectation is
-highest when p is the truth. It needs no probabilities: p(t) is how often a sample equals t, and
-sum_x p(x)^2 is how often two samples equal each other, the collision rate. The outcomes of Brier-n
-are n-grams; BrierLM is 100 times the geometric mean of Brier-1 to Brier-4.
+The Brier score of a forecast p for an outcome t is 2 p(t) - sum_x p(x)^2. On average it is
+highest when p is the truth. It needs no probabilities: p(t) is how often a sample equals t,
+and sum_x p(x)^2 is how often two samples equal each other, the collision rate. Brier-n is
+that of n-grams; BrierLM is 100 times the geometric mean of Brier-1 to Brier-4.
 
 Shapes: S samples, P positions, B windows of W tokens, K tokens in a chunk, D width of h.
 """
@@ -33,11 +33,8 @@ from sample import (add_model_flags, check_text, generate, load, load_model, nex
 
 
 def hit_and_collision(samples, targets):
-    """How often a sample a equals the target t, E[1[a = t]], and another sample b, E[1[a = b]], in
-    the first n = 1..4 tokens: over all samples, and over all pairs of them.
-
-    samples (S, P, >=4), targets (P, >=4) -> (P, 4), (P, 4)
-    """
+    """How often a sample a equals the target t, E[1[a = t]], and another sample b, E[1[a = b]],
+    in the first n = 1..4 tokens: samples (S, P, >=4), targets (P, >=4) -> (P, 4), (P, 4)."""
     S = len(samples)
     samples = samples[..., :4]
     targets = targets[..., :4]
@@ -62,10 +59,8 @@ def brierlm(brier):
 
 
 def sample_ngrams(model, tokens, starts, S, **sampling):
-    """Draw S n-grams of four tokens after each start, given the window before it.
-
-    tokens (B, W); starts: positions in the window, multiples of K -> (S, B, len(starts), 4)
-    """
+    """Draw S n-grams of four tokens at each start, given the window before it: tokens (B, W),
+    starts are positions in the window, multiples of K -> (S, B, len(starts), 4)."""
     K = model.chunk_size
     steps = math.ceil(4 / K)                                       # chunks in an n-gram
     cache = KVCache(model.config.block_size)
@@ -93,20 +88,20 @@ def default_stride(K):
 
 
 @torch.inference_mode()
-def score_documents(model, data, machine, windows=375, stride=None, context=None, S=4,
-                    batch_size=8, seed=0, progress=False, **sampling):
-    """Score n-grams all over the validation split -> sums (documents, 2, 4) of hits and collisions
-    over the n-grams that begin in each document, their counts (documents,).
+def evaluate(model, data, machine, windows=375, stride=None, context=None, S=4, batch_size=4,
+             seed=0, progress=False, **sampling):
+    """Score n-grams all over the validation split -> results (dict), and what they rest on, a
+    row for each document (documents, 9): how many n-grams begin in it, their hits and collisions.
 
-    windows: as many, spread evenly over the split, of `context` tokens (default: the model's).
-    stride: from one n-gram's start to the next. With the same stride and context all models are
-    scored at the same n-grams. S: samples of each n-gram. sampling: arguments of `next_chunks`.
+    windows: as many, spread evenly, of `context` tokens. stride: from one n-gram to the next.
+    With the same stride and context all models are scored at the same n-grams. S: samples of
+    each. sampling: arguments of `next_chunks`.
     """
     K = model.chunk_size
     stride = stride or default_stride(K)
     context = context or model.config.block_size * K
     data.check_length("val", context)
-    offsets = data.even_offsets("val", windows, context)
+    offsets = data.even_offsets(windows, context)
     starts = range(stride, context - math.ceil(4 / K) * K + 1, stride)
     scores = []
     for i in tqdm(range(0, len(offsets), batch_size), desc="BrierLM", disable=not progress):
@@ -115,62 +110,55 @@ def score_documents(model, data, machine, windows=375, stride=None, context=None
         with machine.autocast():
             samples = sample_ngrams(model, tokens, starts, S, **sampling)
         targets = tokens.unfold(1, 4, 1)[:, list(starts)]          # (B, starts, 4)
-        both = hit_and_collision(samples.flatten(1, 2), targets.flatten(0, 1))
-        scores.append(torch.stack(both, dim=1).cpu())              # (B*starts, 2, 4)
+        hit, collision = hit_and_collision(samples.flatten(1, 2), targets.flatten(0, 1))
+        scores.append(torch.cat([torch.ones_like(hit[:, :1]), hit, collision], dim=1).cpu())
 
-    positions = (offsets[:, None] + np.array(starts)).ravel()
-    numbers = data.document_numbers(positions)
-    # Of each n-gram its document, counted from 0, and of each document its number of n-grams.
-    _, document, counts = np.unique(numbers, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(counts), 2, 4))
-    np.add.at(sums, document, torch.cat(scores).double().numpy())
-    return sums, counts
+    numbers = data.document_numbers((offsets[:, None] + np.array(starts)).ravel())
+    _, document = np.unique(numbers, return_inverse=True)          # of each n-gram, from 0 on
+    rows = np.zeros((document.max() + 1, 9))
+    np.add.at(rows, document, torch.cat(scores).double().numpy())
+    return summary(rows) | {"samples": S, "context": context, "stride": stride}, rows
 
 
-def bootstrap(sums, counts):
-    """Mean hits and collisions over all n-grams -> (1001, 2, 4): those of the text itself, then of
-    1000 texts of as many documents, drawn from these with repetition.
-
-    Documents are drawn, not windows, for windows of one document are not independent.
-    """
-    documents = len(counts)
+def bootstrap(rows):
+    """Mean hits and collisions of all n-grams, (1001, 4) each: those of the text itself, then of
+    1000 texts of as many documents, drawn from these with repetition. (Of documents, since the
+    windows of one document are not independent.)"""
+    documents = len(rows)
     each = np.full(documents, 1 / documents)
     drawn = np.random.default_rng(0).multinomial(documents, each, size=1000)
     weights = np.concatenate([np.ones((1, documents)), drawn])     # how often each document counts
-    return np.tensordot(weights, sums, 1) / (weights @ counts)[:, None, None]
+    sums = weights @ rows                                          # (1001, 9)
+    means = sums[:, 1:] / sums[:, :1]
+    return means[:, :4], means[:, 4:]
 
 
 def with_error(values, valid=True):
     """A statistic of the text and of the bootstrap's texts, (1001,) -> its value, its standard
-    error: how much it would vary with other held-out documents. The error is None where it says
-    nothing: if there is one document, or unless the statistic is `valid` for all of the texts."""
+    error. That is None where it says nothing: for one document, or unless all are `valid`."""
     error = float(values[1:].std())
-    return float(values[0]), error if error > 0 and np.all(valid) else None
+    return float(values[0]), error if error > 1e-9 and np.all(valid) else None
 
 
-def summary(sums, counts):
-    """What was scored -> dict of results."""
-    mean = bootstrap(sums, counts)
-    brier = 2 * mean[:, 0] - mean[:, 1]                            # (1001, 4)
+def summary(rows):
+    hit, collision = bootstrap(rows)
+    brier = 2 * hit - collision                                    # (1001, 4)
     score, error = with_error(brierlm(brier), valid=brier > 0)
-    hit, collision = mean[0]
-    return {"brier": brier[0].tolist(), "brierlm": score, "stderr": error,
-            # geometric means over n, as for BrierLM
-            "accuracy": float(brierlm(hit)) / 100, "collision": float(brierlm(collision)) / 100,
-            "documents": len(counts), "positions": int(counts.sum())}
+    return {"brierlm": score, "stderr": error, "brier": brier[0].tolist(),
+            # geometric means over n, as BrierLM is one
+            "accuracy": float(brierlm(hit[0])) / 100,
+            "collision": float(brierlm(collision[0])) / 100,
+            "documents": len(rows), "positions": int(rows[:, 0].sum())}
 
 
-def difference(sums, other_sums, counts):
-    """Is a model better than another? Both were scored at the same n-grams -> {name: (value,
-    error)}: the first one's BrierLM and Brier-1..4 minus the other's, and the ratio of BrierLM.
-
-    Some documents are harder than others, for both models. The bootstrap draws the same documents
-    for both, so this cancels in the error of the difference.
-    """
-    one = bootstrap(sums, counts)
-    other = bootstrap(other_sums, counts)
-    one = 2 * one[:, 0] - one[:, 1]                                # Brier-n, (1001, 4)
-    other = 2 * other[:, 0] - other[:, 1]
+def difference(rows, other_rows):
+    """Is a model better than another, scored at the same n-grams? -> {name: (value, error)}, the
+    first one's minus the other's, and the ratio of BrierLM. Some documents are harder than
+    others, for both. The bootstrap draws the same ones for both, so this cancels in the error."""
+    hit, collision = bootstrap(rows)
+    other_hit, other_collision = bootstrap(other_rows)
+    one = 2 * hit - collision                                      # Brier-1..4, (1001, 4)
+    other = 2 * other_hit - other_collision
     valid = (one > 0) & (other > 0)
     found = {f"Brier-{n + 1}": with_error(one[:, n] - other[:, n]) for n in range(4)}
     found["BrierLM"] = with_error(brierlm(one) - brierlm(other), valid)
@@ -180,11 +168,13 @@ def difference(sums, other_sums, counts):
 
 
 def describe(result):
-    """What `summary` found, as text."""
+    """What `evaluate` found, as text."""
     ngrams = ", ".join(f"{100 * brier:.2f}" for brier in result["brier"])
     text = (f"BrierLM {plus_minus(result['brierlm'], result['stderr'])} (100 times Brier-1 to -4: "
-            f"{ngrams}; {result['positions']:,} n-grams in {result['documents']} documents)\n"
-            f"accuracy {result['accuracy']:.4f}, collision {result['collision']:.4f}")
+            f"{ngrams})\naccuracy {result['accuracy']:.4f}, collision {result['collision']:.4f}; "
+            f"{result['positions']:,} n-grams in {result['documents']} documents, every "
+            f"{result['stride']} tokens in windows of {result['context']}, {result['samples']} "
+            "samples each")
     if result["brierlm"] == 0:
         text += "\nA Brier-n is not above 0: it is too early to compare."
     return text
@@ -192,7 +182,7 @@ def describe(result):
 
 def plus_minus(value, error):
     """A number and its standard error as text, with `?` for an error that is not known."""
-    return f"{value:.3g} +- " + ("?" if error is None else f"{error:.2g}")
+    return f"{value:.4g} +- " + ("?" if error is None else f"{error:.3g}")
 
 
 # --- Beside the score: what BrierLM cannot see ---------------------------------------------
@@ -205,10 +195,10 @@ def distinct(texts, n=4):
 
 
 def bits_per_token(judge, texts, begin):
-    """What texts (B, length) cost from token `begin` on, read by an AR model: the mean of
-    -log2 p(token | all before it). Text that is unlike any real one is expensive."""
+    """The mean of -log2 p(token | all before it) from token `begin` of texts (B, length) on, for
+    an AR model as the judge: text that is unlike any real one is expensive."""
     nats = 0.0
-    for text in texts:   # one at a time: with a large vocabulary the logits of all take gigabytes
+    for text in texts:   # one at a time: the logits of a large vocabulary take gigabytes
         logits = judge.lm_head(judge.hidden(text[None, :-1])[0, begin - 1:]).float()
         nats += F.cross_entropy(logits, text[begin:]).item() / len(texts)
     return nats / math.log(2)
@@ -217,14 +207,11 @@ def bits_per_token(judge, texts, begin):
 @torch.inference_mode()
 def read_texts(model, judge, data, machine, texts=64, seed=0, **sampling):
     """Held-out beginnings, as they go on in truth and as the model continues them
-    -> {"real": ..., "model": ...}, with distinct-4 and, if there is a judge, bits per token.
-
-    Texts have 320 tokens, or a context; the first fifth of each, at least a chunk, is held-out.
-    """
+    -> {"real": ..., "model": ...}, with distinct-4 and, if there is a judge, bits per token."""
     K = model.chunk_size
-    length = min(max(320, 5 * K), model.config.block_size * K)
+    length = min(max(320, 5 * K), model.config.block_size * K)     # of which a fifth is given
     begin = max(length // 5 // K, 1) * K
-    real = data.batch("val", data.even_offsets("val", texts, length), length).to(machine.device)
+    real = data.batch("val", data.even_offsets(texts, length), length).to(machine.device)
     seed_noise(seed)
     found = {}
     with machine.autocast():
@@ -247,8 +234,8 @@ def parse_args():
     add("--windows", type=int, default=375, help="how many, spread evenly over the held-out text")
     add("--num_draws", type=int, default=4, help="S: samples of each n-gram")
     add("--stride", type=int, help="tokens from one n-gram's start to the next; default 16")
-    add("--against", metavar="PT", help="another run's calm.pt or ar.pt: is the model better?")
-    add("--judge", metavar="PT", help="an ar.pt that reads the text; default: that in --out_dir")
+    add("--against", metavar="RUN", help="another run, or its calm.pt or ar.pt: is it better?")
+    add("--judge", metavar="RUN", help="whose ar.pt reads the text; by default that in --out_dir")
     add("--json", action="store_true", help="end with one JSON object on a line")
     return parser.parse_args()
 
@@ -261,13 +248,14 @@ def main():
     if not (args.data or checkpoint):
         raise SystemExit("--official needs --data, prepared with the model's tokenizer")
     data = TokenData(args.data or checkpoint["data"]["name"])
-    if checkpoint and not args.data:
-        check_text(checkpoint, data)
     other = model
     if args.against:
-        other, its_checkpoint = load_model(Path(args.against).parent, Path(args.against).stem)
-        check_text(its_checkpoint, data)
-
+        path = Path(args.against)
+        path = path if path.suffix == ".pt" else path / f"{args.model}.pt"
+        other, other_checkpoint = load_model(path.parent, path.stem)
+        check_text(other_checkpoint, data)
+    if checkpoint and not args.data:
+        check_text(checkpoint, data)
     K = math.lcm(model.chunk_size, other.chunk_size)
     stride = args.stride or default_stride(K)
     if stride % K != 0:
@@ -275,22 +263,19 @@ def main():
     context = min(m.config.block_size * m.chunk_size for m in (model, other)) // K * K
     how = dict(windows=args.windows, stride=stride, context=context, S=args.num_draws,
                seed=args.seed, progress=True, **sampling)
-    sums, counts = score_documents(model, data, machine, **how)
-    result = summary(sums, counts)
-    result |= {"samples": args.num_draws, "context": context, "stride": stride}
+
+    result, rows = evaluate(model, data, machine, **how)
     print(describe(result))
-    print(f"({args.num_draws} samples each, every {stride} tokens, in windows of {context})")
     if args.against:
-        other_sums, _ = score_documents(other.to(machine.device), data, machine, **how)
-        result["against"] = difference(sums, other_sums, counts)
-        print(f"{args.out_dir}/{args.model}.pt minus {args.against}:")
+        _, other_rows = evaluate(other.to(machine.device), data, machine, **how)
+        result["against"] = difference(rows, other_rows)
+        print(f"{args.out_dir}/{args.model}.pt minus {path}:")
         for name, (value, error) in result["against"].items():
             print(f"{name:8} {plus_minus(value, error)}")
 
     judge = model if args.model == "ar" else None
-    path = Path(args.judge or Path(args.out_dir, "ar.pt"))
-    if args.judge or (path.is_file() and not args.official):
-        judge = load_model(path.parent, "ar")[0].to(machine.device)
+    if args.judge or (not args.official and Path(args.out_dir, "ar.pt").is_file()):
+        judge = load_model(args.judge or args.out_dir, "ar")[0].to(machine.device)
     result["text"] = read_texts(model, judge, data, machine, seed=args.seed, **sampling)
     for name, found in result["text"].items():
         print(f"{name:8} " + ", ".join(f"{what} {value:.3f}" for what, value in found.items()))

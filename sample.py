@@ -8,8 +8,8 @@ A softmax is sharpened by dividing its logits by a temperature. CALM has no logi
 But n samples are all the same chunk x with probability p(x)^n: if they are, x is a draw at
 temperature 1/n. A low temperature is a matter of drawing more, and of keeping what repeats.
 
-Shapes: B texts, K tokens in a chunk, D width of h, N candidates. p is the model's distribution over
-chunks, given what came before.
+Shapes: B texts, K tokens in a chunk, D width of h, N candidates. p is the model's distribution
+over chunks, given what came before.
 """
 import argparse
 import itertools
@@ -36,13 +36,12 @@ def temperature_exact(samples, temperature):
 
     samples: an iterator of independent draws from p, which can be compared -> one of them
 
-    Write 1/temperature = n + a, with n whole and a in [0, 1). If the first n samples are all x, x
-    is a draw from p^n. The loop over i then keeps it with probability p(x)^a. (With q = 1 - p(x),
-    it reaches sample i with probability q^(i-1) prod_{j<i} (1 - a/j). By the binomial series these
-    sum to (1 - q)^(a-1) = p(x)^(a-1), and each time the sample is x with probability p(x).)
+    Let 1/temperature be n + a, with n whole and a in [0, 1). If the first n samples are all x,
+    then x is a draw from p^n. The loop over i keeps it with probability p(x)^a. (With q = 1 -
+    p(x), it reaches sample i with probability q^(i-1) prod_{j<i} (1 - a/j). By the binomial
+    series these sum to (1 - q)^(a-1) = p(x)^(a-1); each sample is x with probability p(x).)
 
-    On average it takes (n + 1[a > 0] sum_x p(x)^(1/temperature - 1)) / sum_x p(x)^(1/temperature)
-    samples (theorem 2): few where one chunk is likely, millions where none is.
+    It takes few samples where one chunk is likely, and millions where none is (theorem 2).
     """
     n = math.floor(1 / temperature)
     a = 1 / temperature - n
@@ -60,27 +59,29 @@ def temperature_exact(samples, temperature):
 
 
 def temperature_batch(samples, temperature):
-    """Algorithm 2: from N candidates for each of `batch` rows pick one, for any temperature in
-    (0, 1]. samples (N, batch, K), draws from p -> tokens (batch, K), draws from
-    p^(1/temperature) / Z, with a bias that vanishes as N grows.
+    """Algorithm 2: pick one of N candidates, for any temperature in (0, 1]: samples
+    (N, batch, K), draws from p -> tokens (batch, K), draws from p^(1/temperature) / Z, with a bias
+    that vanishes as N grows.
 
-    First for 1/temperature = n, a whole number. Let c be how often a chunk is among the candidates.
-    There are C(c, n) ways to take n of its copies, so it is picked with a weight of C(c, n). For
-    example, N = 6 candidates a a a b b c at a temperature of 1/2:
+    First for 1/temperature = n, a whole number. Let a chunk be c times among the candidates.
+    There are C(c, n) ways to take n of its copies, so it is picked with a weight of C(c, n).
+    For example, N = 6 candidates a a a b b c at a temperature of 1/2:
 
         a: C(3, 2) = 3      b: C(2, 2) = 1      c: C(1, 2) = 0
 
     a is picked with probability 3/4, b with 1/4, c never. For many candidates C(c, n) is in
-    proportion to c^n, and c to p. If no chunk is there n times, the paper tries n - 1, and so on;
-    here n becomes the largest count at once, which is the same.
+    proportion to c^n, and c to p. If no chunk is there n times, the paper tries n - 1, and so
+    on; here n becomes the largest count at once, which is the same.
 
-    For any temperature (ours) the binomial coefficient is C(c, s) = G(c + 1) / (G(s + 1)
-    G(c - s + 1)), with s = 1/temperature and the Gamma function G. It is positive for counts c from
-    floor(s) on; smaller ones get no weight.
+    For any temperature (ours) C(c, s) = G(c + 1) / (G(s + 1) G(c - s + 1)), with the Gamma
+    function G and s = 1/temperature. It is positive for counts c from floor(s) on; smaller ones
+    get no weight.
     """
-    # Of each candidate how often its chunk is there. One at a time: all pairs take gigabytes.
-    c = sum((samples == x).all(-1).long() for x in samples)        # (N, batch)
-    c = c.cpu().double()                                           # lgamma of large numbers
+    key = samples[..., 0]                                          # a hash of each chunk
+    for token in samples.unbind(-1)[1:]:
+        key = key * 1_000_003 + token
+    # How often the chunk of each candidate is there. (All pairs at once would take gigabytes.)
+    c = sum((key == x).long() for x in key).cpu().double()         # (N, batch)
     s = c.amax(0).clamp_max(1 / temperature)                       # (batch,)
     log_C = (c + 1).lgamma() - (c - s + 1).lgamma()                # G(s + 1) is the same for all
     log_C = log_C.masked_fill(c < s.floor(), -math.inf)
@@ -92,8 +93,8 @@ def temperature_batch(samples, temperature):
 def next_chunks(model, h, n=1, temperature=1.0, num_candidates=64, exact=False, noise_scale=1.0):
     """n next chunks for each h (B, D) at a temperature in (0, 1] -> tokens (n, B, K).
 
-    At a temperature below 1 CALM takes Algorithm 2 with so many candidates or, if `exact`,
-    Algorithm 1. noise_scale: see EnergyHead.sample. AR has neither; it divides its logits.
+    Below 1, CALM takes Algorithm 2 with so many candidates or, if `exact`, Algorithm 1.
+    noise_scale: see EnergyHead.sample. AR needs none of these; it divides its logits.
     """
     if isinstance(model, AR):
         return model.sample_chunks(h, n, temperature)
@@ -101,12 +102,12 @@ def next_chunks(model, h, n=1, temperature=1.0, num_candidates=64, exact=False, 
         return model.sample_chunks(h, n, noise_scale)
     h = h.repeat(n, 1)                                             # (n*B, D)
     if exact:
-        rows = [temperature_exact(endless_samples(model, row, noise_scale), temperature)
-                for row in h]
-        tokens = torch.tensor(rows, device=h.device)               # (n*B, K)
+        streams = [endless_samples(model, row, noise_scale) for row in h]
+        tokens = [temperature_exact(samples, temperature) for samples in streams]
+        tokens = torch.tensor(tokens, device=h.device)             # (n*B, K)
     else:
-        candidates = model.sample_chunks(h, num_candidates, noise_scale)    # (N, n*B, K)
-        tokens = temperature_batch(candidates, temperature)
+        samples = model.sample_chunks(h, num_candidates, noise_scale)     # (N, n*B, K)
+        tokens = temperature_batch(samples, temperature)
     return tokens.unflatten(0, (n, -1))
 
 
@@ -122,9 +123,8 @@ def endless_samples(model, h, noise_scale):
 def whole_chunks(prompt, chunk_size, eot):
     """Prompt (B, length) -> (B, a positive multiple of K): a chunk ends where the prompt ends.
 
-    Up to K - 1 tokens at its front are left out. What remains is like the windows of training,
-    which begin anywhere in a text; padding in front would make a first chunk unlike any of those.
-    Only a prompt shorter than a chunk is padded, with the token eot.
+    Up to K - 1 tokens at its front are left out: what remains is like the windows of training,
+    which begin anywhere in a text. Only a prompt shorter than a chunk is padded, with eot.
     """
     length = prompt.shape[1]
     if length >= chunk_size:
@@ -134,10 +134,10 @@ def whole_chunks(prompt, chunk_size, eot):
 
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, temperature=1.0, eot=None, progress=False, **sampling):
-    """Continue prompt (B, length) -> it and max_new_tokens more, (B, length + max_new_tokens).
+    """Continue prompt (B, length) -> it and more, (B, length + max_new_tokens). A text that
+    outgrows the context goes on with the last half of it.
 
-    eot: the token that fills up a prompt which is shorter than a chunk. sampling: other arguments
-    of `next_chunks`. A text that outgrows the context goes on with the last half of the context.
+    eot: what fills up a prompt shorter than a chunk. sampling: arguments of `next_chunks`.
     """
     K = model.chunk_size
     block_size = model.config.block_size                           # the context, in chunks
@@ -156,8 +156,8 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, eot=None, progress=
 
 
 def show(tokenizer, ids, chunk_size=None):
-    """List of ids -> text, up to the first border token. chunk_size: with a bar before each chunk.
-    What is not UTF-8 becomes a replacement character."""
+    """List of ids -> text, up to the first border token. chunk_size: with a bar before each
+    chunk. What is not UTF-8 becomes a replacement character."""
     border = border_token(tokenizer)
     if border in ids:
         ids = ids[:ids.index(border)]
@@ -171,8 +171,7 @@ def show(tokenizer, ids, chunk_size=None):
 
 
 def load_model(out_dir, kind):
-    """The model of a run -> model in eval mode, and its checkpoint. kind: "calm", which has its
-    autoencoder inside, "autoencoder" or "ar"."""
+    """The model of a run, "calm", "autoencoder" or "ar" -> model in eval mode, checkpoint."""
     checkpoint = load_checkpoint(Path(out_dir, f"{kind}.pt"))
     if kind == "autoencoder":
         model = Autoencoder(AutoencoderConfig(**checkpoint["config"]))
@@ -205,8 +204,7 @@ def load(args, machine):
 
 
 def cast_matrices(model, dtype):
-    """For inference: cast once what autocast would cast at every call, which takes a tenth of the
-    time of a small model in bfloat16 -> the model."""
+    """For inference: cast once what autocast would cast at every call -> the model."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(dtype)
@@ -219,7 +217,7 @@ def check_text(checkpoint, data):
     """End the program if a data set is not the text that a checkpoint's model was trained on."""
     if checkpoint["data"]["fingerprint"] != data.meta["fingerprint"]:
         raise SystemExit(f"{data.folder} is not the text that this model was trained on, or has "
-                         "changed since: prepare that text again, or use another --out_dir")
+                         "changed: prepare that text again, or use another --out_dir")
 
 
 def add_model_flags(parser):
@@ -229,11 +227,9 @@ def add_model_flags(parser):
     add("--model", default="calm", choices=("calm", "ar"), help="which of its models")
     add("--official", metavar="DIR", help="a model that the authors published, in place of a run")
     add("--temperature", type=float, default=1.0, help="in (0, 1]")
-    add("--num_candidates", type=int, default=64,
-        help="samples a chunk, from which Algorithm 2 picks at a temperature below 1")
+    add("--num_candidates", type=int, default=64, help="of Algorithm 2, a chunk, below 1")
     add("--exact", action="store_true", help="Algorithm 1 in its place: as many as it takes")
-    add("--noise", type=float, default=1.0,
-        help="scale of the energy head's noise: with less of it likelier text, at no cost")
+    add("--noise", type=float, default=1.0, help="of the energy head: less is likelier, for free")
     add("--seed", type=int, default=0, help="of the samples: same seed, same text")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),

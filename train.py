@@ -1,15 +1,13 @@
 """
 Training: stage 1 is the autoencoder, stage 2 is CALM. (The baseline, AR, has a single stage.)
 
-    python train.py                                    # data, both stages, BrierLM, text: all of it
+    python train.py                                    # data, both stages, BrierLM, text
     python train.py --preset S --data mine             # the paper's smallest model, on your text
     torchrun --nproc_per_node 8 train.py --preset M    # several GPUs, one process each
 
-In this order: what is trained and how (presets), flags, optimizers, one step, the loop, all of it.
-
-Every batch and all noise are functions of the seed and the step. So a run that was stopped goes on
-from its last evaluation (--resume) to the same weights, and several processes, which share the
-micro-batches of a step, make the same steps as one.
+Every batch and all noise are functions of the seed and the step. So a run that was stopped goes
+on from its last evaluation (--resume) to the same weights, and several processes, which share
+the micro-batches of a step, make the same steps as one.
 """
 import argparse
 import inspect
@@ -26,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from autoencoder import Autoencoder, AutoencoderConfig
-from calm import AR, CALM, HEADS, ARConfig, CALMConfig, flops_per_token
+from calm import AR, CALM, HEADS, ARConfig, CALMConfig, EnergyHead, flops_per_token
 from data.machine import Machine, load_checkpoint, save_checkpoint, seed_noise
 from data.prepare import DEFAULT_DATA, TokenData
-from eval_brier import default_stride, describe, score_documents, summary
+from eval_brier import default_stride, describe, evaluate
 from sample import check_text, generate, load_model, load_official, show
 
 KINDS = ("autoencoder", "calm", "ar")   # of models, stages and checkpoints
@@ -41,10 +39,10 @@ KINDS = ("autoencoder", "calm", "ar")   # of models, stages and checkpoints
 @dataclass
 class TrainConfig:
     """How a stage is trained. The defaults are the paper's (section 6) for CALM."""
-    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: AdamW for tokens' matrices and vectors
-    lr: float = 3e-4           # peak learning rate of AdamW, which trains whatever Muon does not
+    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for most matrices; AdamW for the rest
+    lr: float = 3e-4           # peak learning rate of AdamW
     muon_lr: float = 0.01      # peak learning rate of Muon
-    weight_decay: float = 0.1  # of matrices, but for tokens' matrices beside Muon
+    weight_decay: float = 0.1  # of Muon's matrices; without Muon of all matrices
     grad_clip: float = 1.0     # largest norm of the gradient
     warmup_steps: int = 2000   # steps over which the rate rises to its peak
     decay_frac: float = 0.0    # share of the steps, at the end, over which the rate falls to 0
@@ -85,32 +83,15 @@ PRESETS = {
 # --- The flags: one for every field of a config. On a first reading, skip to "Optimizers" ---
 
 
-def add_fields(parser, config):
-    """Add a flag for each field of a config class that has none yet. Its help is the comment beside
-    the field. Its default is None: not given."""
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.MULTILINE))
-    group = parser.add_argument_group(config.__name__)
-    for field in fields(config):
-        flag = f"--{field.name}"
-        if field.name == "vocab_size" or flag in parser._option_string_actions:
-            continue
-        choices = get_args(field.type) or (list(HEADS) if field.name == "head" else None)
-        kind = str if choices else field.type
-        group.add_argument(flag, type=kind, choices=choices, help=comments[field.name])
-
-
 def make_parser():
     parser = argparse.ArgumentParser(description="Train CALM, its autoencoder, or AR.")
     add = parser.add_argument
-    add("--model", default="calm", choices=KINDS,
-        help="what to train, and what the flags are for; calm trains its autoencoder first")
+    add("--model", default="calm", choices=KINDS, help="what is trained, and what flags are for")
     add("--preset", default="mini" if torch.cuda.is_available() else "nano", choices=PRESETS)
     add("--data", default=DEFAULT_DATA, help="a data set in data/; known ones are made if missing")
     add("--out_dir", help="the run's folder, by default out/ and the name of the data")
-    add("--resume", action="store_true",
-        help="go on from the checkpoint in out_dir, with its sizes and settings")
-    add("--init_from", metavar="DIR",
-        help="fine-tune: begin with the model of a run's folder, or of a published one")
+    add("--resume", action="store_true", help="go on from the checkpoint in out_dir, as it was set")
+    add("--init_from", metavar="DIR", help="fine-tune: begin with a run's or a published model")
     add("--flops", type=float, help="train for so many FLOPs, autoencoder included")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -118,16 +99,29 @@ def make_parser():
         help="precision of matrix products")
     add("--compile", type=int, default=int(torch.cuda.is_available()), help="1: torch.compile")
     add("--log_interval", type=int, default=10, help="steps between lines of log.jsonl")
-    add("--eval_interval", type=int, default=1000, help="steps between evaluations, each of which "
-        "saves a checkpoint")
-    for config in (CALMConfig, ARConfig, AutoencoderConfig, TrainConfig):
-        add_fields(parser, config)
+    add("--eval_interval", type=int, default=1000, help="steps between evaluations, which save")
+    add_fields(parser, CALMConfig)
+    add_fields(parser, AutoencoderConfig)
+    add_fields(parser, TrainConfig)
     return parser
 
 
+def add_fields(parser, config):
+    """Add a flag for each field of a config class that has none yet. Its help is the comment
+    beside the field. Its default is None: not given."""
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.MULTILINE))
+    group = parser.add_argument_group(config.__name__)
+    for field in fields(config):
+        flag = f"--{field.name}"
+        if field.name == "vocab_size" or flag in parser._option_string_actions:
+            continue
+        choices = list(HEADS) if field.name == "head" else get_args(field.type)
+        group.add_argument(flag, type=str if choices else field.type, choices=choices or None,
+                           help=comments[field.name])
+
+
 def parse_args(argv):
-    """The settings of a run -> argparse.Namespace. What is None has the preset's value, or else
-    that of the config class."""
+    """The settings of a run -> argparse.Namespace. What is None is the preset's to say."""
     parser = make_parser()
     args = parser.parse_args(argv)
     out_dir = Path(args.out_dir or f"out/{Path(args.data).name}")
@@ -145,17 +139,19 @@ def parse_args(argv):
     args.chunk_size = args.chunk_size or 4
     args.latent_dim = args.latent_dim or preset["latent_dim"] * args.chunk_size // 4
     args.block_size = args.block_size or preset["block_size"] * 4 // args.chunk_size
+    args.context = args.block_size * args.chunk_size   # in tokens
     return args
 
 
 def config_of(config, args, kind, **given):
-    """The config of a stage: its class's defaults, then the preset's, then flags, then what is
-    given here. Flags are for the model that --model names: an autoencoder that is trained on the
-    way to CALM only shares the sizes of a chunk with it."""
+    """The config of a stage: its class's defaults, then the preset's, then flags, then `given`.
+    Flags are for the model that --model names: an autoencoder that is trained on the way to CALM
+    has only those that CALM has not, and the sizes of a chunk."""
+    own = {"chunk_size", "latent_dim", "dropout", "token_mask", "kl_weight", "kl_clip"}
     of_autoencoder, of_model = PRESETS[args.preset]
     settings = dict(of_autoencoder if kind == "autoencoder" else of_model)
     for name, value in vars(args).items():
-        if value is not None and (kind == args.model or name in ("chunk_size", "latent_dim")):
+        if value is not None and (kind == args.model or name in own):
             settings[name] = value
     settings |= given
     names = {field.name for field in fields(config)}
@@ -167,10 +163,7 @@ def config_of(config, args, kind, **given):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024), for matrices: a step along their momentum, made orthogonal.
-
-    torch.optim.Muon computes in bfloat16. On a CPU that has no bfloat16 each of its steps takes
-    seconds; this one computes in the precision of the run.
-    """
+    (torch.optim.Muon computes in bfloat16: on a CPU that has none a step takes seconds.)"""
 
     def __init__(self, params, lr, weight_decay, dtype, compiled):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
@@ -198,57 +191,47 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(g):
-    """Matrices g = U S V^T (n, rows, columns) -> about U V^T, by five Newton-Schulz steps.
+    """Matrices g = U S V^T (n, rows, columns) -> about U V^T, by three Newton-Schulz steps.
 
-    Each step takes every singular value s to a s + b s^3 + c s^5. After five steps, all that was
-    in (0, 1] and not tiny is about 1.
+    A step takes every singular value s to a s + b s^3 + c s^5. The numbers of each step are those
+    of Polar Express (Amsel et al., 2025): they take all s from 0.002 to 1 to between 0.18 and 1.87.
     """
-    a = 3.4445                                                     # Jordan's numbers
-    b = -4.7750
-    c = 2.0315
-    x = g / g.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)       # so that no s is above 1
+    x = g / (1.01 * g.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7))     # so that s is below 1
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    for _ in range(5):
+    for a, b, c in ((8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484),
+                    (3.94869, -2.90890, 0.55182)):
         square = x @ x.mT                                          # the smaller of the two products
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
 
 
-# Matrices with a row for each token of the vocabulary are left to AdamW: the input of CALM and of
-# AR, the output of AR, that of the auxiliary loss, and the autoencoder's input and output.
-TOKEN_MATRICES = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")
-
-
 def make_optimizers(model, config, dtype=torch.float32, compiled=False):
-    """AdamW; and, if config.optimizer says so, Muon for all matrices but TOKEN_MATRICES -> list.
+    """AdamW and, if config.optimizer says so, Muon for the matrices -> list.
 
-    Muon's matrices: the Transformer's, embed_proj's, all of the head's, all of the autoencoder's.
-    (Jordan leaves the first and the last matrices to AdamW.) dtype: of Muon's own products.
+    Not Muon's are matrices with a row for each token of the vocabulary: the input of CALM and AR,
+    the output of AR and of the auxiliary loss, the autoencoder's embedding. (Jordan leaves all
+    first and last matrices to AdamW.) dtype: of Muon's own products.
     """
-    of_muon = []
-    decayed = []
-    others = []    # norms and biases, and beside Muon TOKEN_MATRICES: without weight decay
+    of_tokens = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")
+    muon = config.optimizer == "muon"
+    matrices = []
+    others = []   # norms and biases, beside Muon those of tokens, too: AdamW, without weight decay
     for name, p in model.named_parameters():
         if not p.requires_grad:   # the frozen autoencoder
             continue
-        if p.ndim != 2:
-            others.append(p)
-        elif config.optimizer == "adamw":
-            decayed.append(p)
-        elif name.startswith(TOKEN_MATRICES):
+        if p.ndim != 2 or (muon and name.startswith(of_tokens)):
             others.append(p)
         else:
-            of_muon.append(p)
-    groups = [dict(params=decayed), dict(params=others, weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(groups, config.lr, (0.9, 0.95), 1e-8, config.weight_decay,
-                                    fused=True)]
-    if of_muon:
-        optimizers.append(Muon(of_muon, config.muon_lr, config.weight_decay, dtype, compiled))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            matrices.append(p)
+    groups = [dict(params=others, weight_decay=0.0)]
+    if not muon:
+        groups.append(dict(params=matrices))
+    adamw = torch.optim.AdamW(groups, config.lr, (0.9, 0.95), 1e-8, config.weight_decay, fused=True)
+    optimizers = [adamw]
+    if muon:
+        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay, dtype, compiled))
     return optimizers
 
 
@@ -258,9 +241,9 @@ def set_rates(optimizers, step, config):
     decay_steps = config.decay_frac * config.max_steps
     if decay_steps > 0:
         factor = min(factor, (config.max_steps + 1 - step) / decay_steps)
-    for optimizer in optimizers:
+    for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
         for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak_lr"]
+            group["lr"] = factor * peak
 
 
 # --- One step ------------------------------------------------------------------------------
@@ -269,23 +252,19 @@ def set_rates(optimizers, step, config):
 def micro_batches(data, seed, machine, kind, step, config, length):
     """This process's share of a step's micro-batches -> tokens (batch_size, length), one by one.
 
-    Windows begin at any token of the text, at random: the borders of chunks fall anywhere, and some
-    parts are read more often than others. Each micro-batch seeds torch anew, so that the model
-    draws the same noise for it on any number of processes.
+    Windows begin at any token of the text, so the borders of chunks fall anywhere. Each
+    micro-batch seeds torch anew: its noise is the same on any number of processes.
     """
     stage = KINDS.index(kind)
     B = config.batch_size
-    offsets = data.random_offsets("train", config.grad_accum * B, length, (seed, stage, step))
+    offsets = data.random_offsets(config.grad_accum * B, length, (seed, stage, step))
     for micro in range(machine.rank, config.grad_accum, machine.size):
         seed_noise(seed, stage, step, micro)
         yield machine.to_device(data.batch("train", offsets[micro * B:(micro + 1) * B], length))
 
 
 def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
-    """One optimizer step over `count` micro-batches -> their mean loss, a tensor.
-
-    model: as it is, or compiled, or as DistributedDataParallel.
-    """
+    """One optimizer step over `count` micro-batches -> their mean loss, a tensor."""
     mean_loss = 0.0
     for micro, tokens in enumerate(batches, 1):
         # DistributedDataParallel averages gradients once per step; other models take no notice.
@@ -298,7 +277,7 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    # In float16 a gradient that is not finite asks for a smaller scale, and for no step. (By
+    # In float16 a gradient that is not finite asks for a smaller scale, and no step. (With
     # scaler.step each optimizer would decide that alone.)
     if not scaler.is_enabled() or norm.isfinite():
         for optimizer in optimizers:
@@ -310,21 +289,20 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
 
 @torch.no_grad()
 def validate(kind, model, data, machine, batch_size, length):
-    """Loss and BrierLM on fixed validation windows with fixed noise -> dict of metrics. In slices
-    of at most batch_size windows, so that what fits in training fits here."""
+    """Loss and BrierLM on fixed validation windows with fixed noise -> dict of metrics. At most
+    batch_size windows at once: what fits in training fits here."""
     model.eval()
-    offsets = data.even_offsets("val", 16, length)
-    found = {}
+    offsets = data.even_offsets(16, length)
+    slices = []
     torch.manual_seed(0)   # the same noise each time; every training batch has a seed of its own
     for i in range(0, len(offsets), batch_size):
         tokens = data.batch("val", offsets[i:i + batch_size], length).to(machine.device)
         with machine.autocast():
-            _, metrics = model.loss(tokens)
-        for name, value in metrics.items():
-            share = value.item() * len(tokens) / len(offsets)
-            found[f"val_{name}"] = found.get(f"val_{name}", 0.0) + share
+            slices.append(model.loss(tokens)[1])
+    found = {f"val_{name}": sum(metrics[name].item() for metrics in slices) / len(slices)
+             for name in slices[0]}
     if kind != "autoencoder":
-        result = summary(*score_documents(model, data, machine, windows=32, batch_size=batch_size))
+        result, _ = evaluate(model, data, machine, windows=32, batch_size=batch_size)
         found |= {"brierlm": result["brierlm"], "stderr": result["stderr"]}
     model.train()
     return found
@@ -334,33 +312,38 @@ def validate(kind, model, data, machine, batch_size, length):
 
 
 def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
-    """Train a model to its last step -> training FLOPs, those of earlier stages included.
-
-    checkpoint: where an earlier call ended, or None. spent: FLOPs of earlier stages.
-    """
+    """Train a model to its last step, from its checkpoint on if there is one -> training FLOPs.
+    spent: those of earlier stages, which are included."""
     config = config_of(TrainConfig, args, kind)
-    if checkpoint and kind != args.model:   # an autoencoder on the way to CALM has its own settings
+    if checkpoint and kind != args.model:   # an autoencoder on the way keeps its own settings
         config = TrainConfig(**checkpoint["train_config"])
     if config.grad_accum % machine.size != 0:
-        raise SystemExit(f"{machine.size} processes cannot share the {config.grad_accum} "
-                         f"micro-batches of a step of {kind}: --grad_accum must be a multiple")
-    context = args.block_size * args.chunk_size                    # in tokens
-    length = context   # of a window; for CALM and AR it ends with a chunk that is only predicted
-    if kind != "autoencoder":
-        context = model.config.block_size * model.chunk_size
-        length = context + model.chunk_size
-    tokens_per_step = config.grad_accum * config.batch_size * context
-    step_flops = flops_of(model)["train"] * tokens_per_step
+        raise SystemExit(f"{kind}: --grad_accum {config.grad_accum} must be a multiple of the "
+                         f"{machine.size} processes, which share the micro-batches of a step")
+    # A window has a context to read and, at its end, tokens that are only predicted.
+    length = args.context + {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[kind]
+    data.check_length("train", length)
+    data.check_length("val", length)
+    tokens_per_step = config.grad_accum * config.batch_size * args.context
+    autoencoder = getattr(model, "autoencoder", None)
+    cost = flops_per_token(model.config, autoencoder and autoencoder.config)
+    step_flops = cost["train"] * tokens_per_step
     if args.flops and kind == args.model:
-        args.max_steps = max(1, round((args.flops - spent) / step_flops))
-        args.flops = None   # a resumed run has max_steps
-        config.max_steps = args.max_steps
+        config.max_steps = max(1, round((args.flops - spent) / step_flops))
+        args.max_steps = config.max_steps
+        args.flops = None   # which a resumed run would take for a flag given now
 
     model.to(machine.device).train()
     compiled = args.compile and kind == args.model   # an autoencoder on the way is too short
     optimizers = make_optimizers(model, config, machine.dtype, compiled)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    done = restore(checkpoint, optimizers, scaler)
+    done = 0
+    if checkpoint:
+        done = checkpoint["step"]
+        if checkpoint["scaler"]:   # empty, unless it was float16
+            scaler.load_state_dict(checkpoint["scaler"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     faster = torch.compile(model) if compiled else model
     if machine.size > 1:   # around the compiled model: torch advises this order
         faster = DistributedDataParallel(faster)
@@ -370,6 +353,8 @@ def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
         print(f"{kind}: {parameters:,} parameters, {config.max_steps:,} steps of "
               f"{tokens_per_step:,} tokens, {config.max_steps * step_flops:.2e} FLOPs, "
               f"on {machine.size} x {machine.device.type} in {machine.dtype}")
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    log = open(args.out_dir / "log.jsonl", "a", buffering=1)   # each line is written at once
     # The bar counts tokens, so that it shows tokens per second.
     bar = tqdm(range(done + 1, config.max_steps + 1), initial=done, total=config.max_steps,
                desc=kind, unit="tok", unit_scale=tokens_per_step, disable=not machine.is_first)
@@ -389,119 +374,99 @@ def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
         if not math.isfinite(entry["loss"]):
             raise SystemExit(f"{kind}: the loss is {entry['loss']} at step {step}: lower --lr")
         if evaluating:
-            state = {"train_config": asdict(config), "scaler": scaler.state_dict(), "spent": spent,
-                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            save(model, args.out_dir / f"{kind}.pt", args, data, entry | state)
-            entry |= validate(kind, model, data, machine, config.batch_size, length)
-            bar.write(", ".join(f"{name} {value:.4g}" for name, value in entry.items()
-                                if isinstance(value, (int, float))))
-        append_log(args.out_dir, entry)
+            save(model, kind, args, data, {
+                "optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers],
+                "scaler": scaler.state_dict(), "train_config": asdict(config), "step": step,
+                "flops": entry["flops"], "spent": spent})
+            found = validate(kind, model, data, machine, config.batch_size, length)
+            entry |= found
+            shown = [f"{name} {value:.4g}" for name, value in found.items() if value is not None]
+            bar.write(f"{kind} step {step:,}: loss {entry['loss']:.4g}, {', '.join(shown)}")
+        print(json.dumps(entry), file=log)
     return spent + config.max_steps * step_flops
 
 
-def flops_of(model):
-    """FLOPs of a model per token, in training and in inference."""
-    autoencoder = getattr(model, "autoencoder", None)
-    return flops_per_token(model.config, autoencoder and autoencoder.config)
-
-
-def restore(checkpoint, optimizers, scaler):
-    """Go on from a checkpoint, if there is one -> the last step that was made."""
-    if checkpoint is None:
-        return 0
-    for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
-        # Learning rates are those of this call's flags, moments those of the checkpoint.
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
-    scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"]
-
-
-def save(model, path, args, data, state):
-    """Write a checkpoint: weights, sizes, settings, the data's name, and what training needs."""
+def save(model, kind, args, data, state):
+    """Write a checkpoint: the model, its data, the settings, and the state of training."""
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("out_dir", "resume", "init_from")}
-    checkpoint = {"config": asdict(model.config), "model": model.state_dict(),
-                  "settings": settings, "data": data.meta, **state}
-    if isinstance(model, CALM):
+    checkpoint = {"config": asdict(model.config), "model": model.state_dict(), "data": data.meta,
+                  "settings": settings, **state}
+    if kind == "calm":
         checkpoint["autoencoder_config"] = asdict(model.autoencoder.config)
-    save_checkpoint(path, checkpoint)
-
-
-def append_log(out_dir, entry):
-    with open(out_dir / "log.jsonl", "a") as log:
-        log.write(json.dumps(entry) + "\n")
+    save_checkpoint(args.out_dir / f"{kind}.pt", checkpoint)
 
 
 # --- All of it: autoencoder, then CALM or AR, then BrierLM and text ------------------------
 
 
 def get_model(kind, args, data, autoencoder=None):
-    """The model of a stage: as its checkpoint or --init_from has it, or with first weights
-    -> model, its checkpoint or None. autoencoder: what a new CALM is built on."""
+    """The model of a stage, as its checkpoint or --init_from has it, or new (CALM: built on an
+    autoencoder) -> model, its checkpoint or None."""
     path = args.out_dir / f"{kind}.pt"
     if path.exists():
         model, checkpoint = load_model(args.out_dir, kind)
         check_text(checkpoint, data)
         finished = checkpoint["step"] == checkpoint["train_config"]["max_steps"]
         if not args.resume and not (finished and kind != args.model):
-            raise SystemExit(f"{path} is there, at step {checkpoint['step']:,}: add --resume to go "
-                             "on with it, or choose another --out_dir")
+            raise SystemExit(f"{path} is there, at step {checkpoint['step']:,}: go on with "
+                             "--resume, or choose another --out_dir")
         return model, checkpoint
 
+    if args.init_from:
+        published = Path(args.init_from, "config.json").is_file()
+        model = load_official(args.init_from) if published else load_model(args.init_from, kind)[0]
+        args.chunk_size = model.chunk_size
+        args.block_size = model.config.block_size
+        args.context = args.block_size * args.chunk_size
+        return model, None
+
     torch.manual_seed(args.seed)
-    V = data.meta["vocab_size"]
+    sizes = dict(vocab_size=data.meta["vocab_size"])
     try:
-        if args.init_from and Path(args.init_from, "config.json").is_file():
-            model = load_official(args.init_from)
-        elif args.init_from:
-            model, _ = load_model(args.init_from, kind)
-        elif kind == "autoencoder":
-            model = Autoencoder(config_of(AutoencoderConfig, args, kind, vocab_size=V))
-        elif kind == "calm":
-            model = CALM(config_of(CALMConfig, args, kind, vocab_size=V), autoencoder)
-        else:
-            context = args.block_size * args.chunk_size
-            model = AR(config_of(ARConfig, args, kind, vocab_size=V, block_size=context))
+        if kind == "autoencoder":
+            return Autoencoder(config_of(AutoencoderConfig, args, kind, **sizes)), None
+        if kind == "calm":
+            return CALM(config_of(CALMConfig, args, kind, **sizes), autoencoder), None
+        return AR(config_of(ARConfig, args, kind, **sizes, block_size=args.context)), None
     except ValueError as error:
         raise SystemExit(f"these sizes do not fit: {error}")
-    return model, None
-
-
-def finish(model, args, data, machine, flops):
-    """BrierLM, and a held-out text as the model continues it in two ways."""
-    model.eval()
-    result = summary(*score_documents(model, data, machine, progress=True))
-    append_log(args.out_dir, {"stage": args.model, "flops": flops, "final": True, **result})
-    print(f"\n{describe(result)}\ntraining took {flops:.3e} FLOPs")
-
-    context = model.config.block_size * model.chunk_size
-    prompt = data.batch("val", data.even_offsets("val", 2, context)[-1:], max(context // 4, 1))
-    print(f"--- held-out text {'-' * 60}\n{data.tokenizer.decode(prompt[0].tolist())}")
-    for way in ({}, {"temperature": 0.5} if args.model == "ar" else {"noise_scale": 0.25}):
-        torch.manual_seed(args.seed)
-        with machine.autocast():
-            text = generate(model, prompt.to(machine.device), 300, **way)
-        title = " ".join(f"{name} {value}" for name, value in way.items()) or "temperature 1"
-        print(f"--- continued by the model, {title} {'-' * 30}")
-        print(show(data.tokenizer, text[0, prompt.shape[1]:].tolist()))
 
 
 def train_all(args, data, machine):
-    checkpoint = None
-    flops = 0.0
-    if args.model == "calm" and not args.init_from and not (args.out_dir / "calm.pt").exists():
-        autoencoder, its_checkpoint = get_model("autoencoder", args, data)
-        model, _ = get_model("calm", args, data, autoencoder)      # now, to see if the sizes fit
-        autoencoder.requires_grad_(True)
-        flops = train("autoencoder", autoencoder, args, data, machine, its_checkpoint)
-        autoencoder.requires_grad_(False)
-    else:
+    """Both stages, or the one of AR -> the model, training FLOPs."""
+    if args.model != "calm" or args.init_from or (args.out_dir / "calm.pt").exists():
         model, checkpoint = get_model(args.model, args, data)      # CALM has its autoencoder inside
-        if checkpoint:
-            flops = checkpoint["spent"]
-    flops = train(args.model, model, args, data, machine, checkpoint, flops)
-    if args.model != "autoencoder" and machine.is_first:
-        finish(model, args, data, machine, flops)
+        spent = checkpoint["spent"] if checkpoint else 0.0
+        return model, train(args.model, model, args, data, machine, checkpoint, spent)
+
+    autoencoder, checkpoint = get_model("autoencoder", args, data)
+    model, _ = get_model("calm", args, data, autoencoder)          # now, to see if the sizes fit
+    autoencoder.requires_grad_(True)
+    spent = train("autoencoder", autoencoder, args, data, machine, checkpoint)
+    autoencoder.requires_grad_(False)
+    return model, train("calm", model, args, data, machine, spent=spent)
+
+
+def finish(model, args, data, machine, flops):
+    """Print BrierLM, and a held-out text as the model continues it in two ways."""
+    model.eval()
+    result, _ = evaluate(model, data, machine, progress=True)
+    with open(args.out_dir / "log.jsonl", "a") as log:
+        print(json.dumps({"stage": args.model, "flops": flops, "final": True, **result}), file=log)
+    print(f"\n{describe(result)}\ntraining took {flops:.3e} FLOPs")
+
+    offset = data.even_offsets(2, args.context)[-1:]        # in the middle of the split
+    prompt = data.batch("val", offset, max(args.context // 4, 1)).to(machine.device)
+    print(f"--- held-out text {'-' * 60}\n{data.tokenizer.decode(prompt[0].tolist())}")
+    ways = {"temperature 1": {}, "--temperature 0.5": {"temperature": 0.5}}
+    if isinstance(getattr(model, "head", None), EnergyHead):
+        ways = {"temperature 1": {}, "--noise 0.25": {"noise_scale": 0.25}}
+    for way, sampling in ways.items():
+        torch.manual_seed(args.seed)
+        with machine.autocast():
+            text = generate(model, prompt, 300, **sampling)[0, prompt.shape[1]:]
+        print(f"--- as the model goes on, {way} {'-' * 36}\n{show(data.tokenizer, text.tolist())}")
 
 
 def main():
@@ -509,19 +474,18 @@ def main():
     machine = Machine(args.device, args.dtype)
     if machine.is_first:
         TokenData(args.data)   # which prepares a known one, if it is not there
-        args.out_dir.mkdir(parents=True, exist_ok=True)
     machine.barrier()
     data = TokenData(args.data)
-    context = args.block_size * args.chunk_size
-    for split in ("train", "val"):
-        data.check_length(split, context + args.chunk_size)
-    if context < default_stride(args.chunk_size) + max(4, args.chunk_size):
+    if args.context < default_stride(args.chunk_size) + max(4, args.chunk_size):
         raise SystemExit(f"--block_size {args.block_size} is too short a context for BrierLM")
     try:
-        train_all(args, data, machine)
+        model, flops = train_all(args, data, machine)
+        if args.model != "autoencoder" and machine.is_first:
+            finish(model, args, data, machine, flops)
     except KeyboardInterrupt:
+        saved = {path.stem: load_checkpoint(path)["step"] for path in args.out_dir.glob("*.pt")}
         raise SystemExit(f"\nstopped. `python train.py --resume --model {args.model} --data "
-                         f"{args.data} --out_dir {args.out_dir}` goes on from the last evaluation")
+                         f"{args.data} --out_dir {args.out_dir}` goes on from steps {saved}")
     machine.barrier()   # none leaves before the others
 
 

@@ -5,15 +5,16 @@ Text to tokens on disk, data/<name>/{train.bin, val.bin, meta.json}, and from th
     python data/prepare.py shakespeare            # or tinystories, wikitext103-test: downloaded
     python data/prepare.py notes/ book.txt --name mine --tokenizer gpt2        # your own text
 
-A text becomes documents. Each is held out for validation or not by a hash of its own bytes, so that
-adding a file moves no other. On disk a border token stands before each document. Tokens are written
-as they come: a text may be larger than memory. Nothing here is needed to understand CALM.
+A text becomes documents. Each is held out for validation or not by a hash of its own bytes,
+so that adding a file moves no other. On disk a border token stands before each document.
+Nothing here is needed to understand CALM.
 """
 import argparse
 import base64
 import hashlib
 import json
 import sysconfig
+import tempfile
 import urllib.request
 import zlib
 from itertools import islice
@@ -27,20 +28,19 @@ from tqdm import tqdm
 DATA_DIR = Path(__file__).resolve().parent
 DEFAULT_DATA = "site-packages" if torch.cuda.is_available() else "stdlib"
 SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl")   # what is read in a folder
-SEPARATOR = "<|endoftext|>"   # it separates documents, wherever it stands in a file
-SECTION = 8 << 10     # characters: a longer text is cut into documents of about this size, ...
-LONGEST = 128 << 10   # ... .md and .py at this size, else parts of one file are in both splits
+SEPARATOR = "<|endoftext|>"   # of documents, wherever it stands in a file
+SECTION = 8 << 10     # characters: longer text is cut into documents of about this size
+LONGEST = 128 << 10   # .md and .py are cut here: else parts of one file are in both splits
 
+GITHUB = "https://raw.githubusercontent.com"
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 DOWNLOADS = {
-    "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
-                   "tinyshakespeare/input.txt",
-    "tinystories": "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
-                   "TinyStoriesV2-GPT4-train.txt",
-    # The file that the authors of CALM evaluate on: all of it is held out.
-    "wikitext103-test": "https://raw.githubusercontent.com/shaochenze/calm/main/data/"
-                        "wikitext_document_level-test.json",
+    "shakespeare": f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "tinystories": f"{TINYSTORIES}/TinyStoriesV2-GPT4-train.txt",
+    # What the authors of CALM evaluate on: all of it is held out.
+    "wikitext103-test": f"{GITHUB}/shaochenze/calm/main/data/wikitext_document_level-test.json",
 }
-PYTHON = ("stdlib", "site-packages")   # the source code of the Python that runs this
+PYTHON = ("stdlib", "site-packages")   # the source code of this Python
 KNOWN = (*PYTHON, *DOWNLOADS)
 
 
@@ -54,7 +54,7 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 def get_tokenizer(name):
     """`bytes`, a tiktoken name (gpt2, o200k_base, ...), or a tiktoken-format file -> Encoding.
 
-    A file is read as Llama 3 reads its own: its split pattern, 256 special tokens behind the ranks.
+    A file is read as Llama 3's: its split pattern, and 256 special tokens behind the ranks.
     """
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
@@ -72,20 +72,18 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding(name)   # which downloads it the first time
     except Exception as error:   # of many kinds
-        raise SystemExit(f"no tokenizer {name!r} ({type(error).__name__}): expected bytes, a "
-                         "tiktoken-format file, or, with a network the first time, one of "
-                         f"{', '.join(tiktoken.list_encoding_names())}")
+        raise SystemExit(f"no tokenizer {name!r} ({type(error).__name__}): expected bytes, a file, "
+                         f"or, once with a network, {', '.join(tiktoken.list_encoding_names())}")
 
 
 def border_token(tokenizer):
     """The id that stands before each document: there a text begins, and the one before ends."""
-    if "<|begin_of_text|>" in tokenizer.special_tokens_set:   # Llama 3
-        return tokenizer.encode_single_token("<|begin_of_text|>")
-    return tokenizer.encode_single_token("<|endoftext|>")
+    llama = "<|begin_of_text|>" in tokenizer.special_tokens_set
+    return tokenizer.encode_single_token("<|begin_of_text|>" if llama else "<|endoftext|>")
 
 
 def tokenize(tokenizer, texts):
-    """List of bytes -> list of ids for each. The byte tokenizer takes any bytes, others UTF-8."""
+    """List of bytes -> list of ids for each."""
     if tokenizer.name == "bytes":
         return [np.frombuffer(text, np.uint8) for text in texts]
     return tokenizer.encode_ordinary_batch([text.decode() for text in texts])   # on all cores
@@ -103,8 +101,8 @@ def find_files(source):
     path = Path(source)
     if path.is_file():
         return [path]
-    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES
-             and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    found = [file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES
+             and "/." not in f"/{file.relative_to(path)}"]   # without hidden folders
     if not found:
         raise SystemExit(f"no text at {source!r}: expected {', '.join(KNOWN)}, a file, or a folder "
                          f"with {', '.join(SUFFIXES)} files")
@@ -113,11 +111,11 @@ def find_files(source):
 
 def python_files(known):
     """The .py files of this Python's standard library, for "site-packages" also of all that is
-    installed. Left out are tests, and what flatters BrierLM: generated tables (`encodings`), which
-    are predictable, and copies of other packages, which are in both splits."""
+    installed. Left out are tests, and what flatters BrierLM: generated tables, which are
+    predictable, and copies of other packages, which are in both splits."""
     skipped = {"test", "tests", "idlelib", "encodings", "artifacts", "serialized_patterns",
                "_vendor", "vendor", "vendored", "extern", "_distutils",
-               "site-packages", "dist-packages", "__pycache__"}
+               "site-packages", "dist-packages"}
     found = []
     for place in ("stdlib", "purelib") if known == "site-packages" else ("stdlib",):
         root = Path(sysconfig.get_path(place))
@@ -138,15 +136,15 @@ def download(name):
         with tqdm(desc=f"download {name}", unit="B", unit_scale=True) as bar:
             urllib.request.urlretrieve(url, partial, lambda block, size, total: bar.update(size))
     except OSError as error:   # no network, or a connection that broke
-        raise SystemExit(f"could not download {url} ({error}): check the network, or fetch it "
-                         f"yourself to {path}")
+        raise SystemExit(f"could not download {url} ({error}): fetch it yourself to {path}")
     partial.replace(path)
     return path
 
 
 def documents(path, errors):
     """The documents of a file: of JSON lines each "text"; of other text what stands between
-    separators, cut to size where it is long. (utf-8-sig: without a byte order mark.)"""
+    separators, cut to size where it is long."""
+    # utf-8-sig: without a byte order mark. newline: as the file has them.
     with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
         if path.suffix in (".json", ".jsonl"):
             for line in file:
@@ -159,15 +157,15 @@ def documents(path, errors):
             *complete, rest = (rest + block).split(SEPARATOR)
             for text in complete:
                 yield from sections(text, limit)
-            # The last section may go on in the next block, and a separator may have begun in it.
+            # The last section may go on in the next block.
             *complete, rest = sections(rest, limit)
             yield from complete
         yield rest
 
 
 def sections(text, limit):
-    """Cut a text at line ends into parts of about `limit` characters. The last part may be longer
-    by the length of a separator, so that a separator that has begun in it is not cut in two."""
+    """Cut a text at line ends into parts of about `limit` characters. The last may be longer by
+    the length of a separator: one may have begun in it."""
     while len(text) > limit + len(SEPARATOR):
         end = text.rfind("\n", limit // 2, limit) + 1 or limit
         yield text[:end]
@@ -176,74 +174,73 @@ def sections(text, limit):
 
 
 def read_all(paths, tokenizer, tabs):
-    """The documents of all files as bytes, with a progress bar. Blank ones are left out.
-
-    tabs: write four blanks as one tab.
-    """
+    """The documents of all files as bytes, without blank ones. tabs: write four blanks as one."""
     # For the byte tokenizer bytes that are not UTF-8 pass through a string as they are.
     errors = "surrogateescape" if tokenizer == "bytes" else "strict"
     size = sum(path.stat().st_size for path in paths)
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc="prepare")
-    for path in paths:
-        try:
-            for text in documents(path, errors):
-                text = text.replace("    ", "\t") if tabs else text
-                raw = text.encode(errors=errors)
-                bar.update(len(raw))
-                if raw.strip():
-                    yield raw
-        except UnicodeDecodeError:
-            raise SystemExit(f"{path} is not UTF-8: save it as UTF-8, or prepare it with "
-                             "--tokenizer bytes, which takes any bytes")
-    bar.close()
+    with tqdm(total=size, unit="B", unit_scale=True, desc="prepare") as bar:
+        for path in paths:
+            try:
+                for text in documents(path, errors):
+                    bar.update(len(text))
+                    if tabs:
+                        text = text.replace("    ", "\t")
+                    if text.strip():
+                        yield text.encode(errors=errors)
+            except UnicodeDecodeError:
+                raise SystemExit(f"{path} is not UTF-8: only --tokenizer bytes takes any bytes")
 
 
 # --- Preparing -----------------------------------------------------------------------------
 
 
 def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
-    """Tokenize known names, files and folders into data/<name>.
-
-    The same input gives the same bytes. The files of an earlier data set are replaced when the new
-    ones are whole; a folder that is no data set is left alone.
-    """
+    """Tokenize known names, files and folders into data/<name>. An earlier data set there is
+    replaced when the new one is whole; a folder that is no data set is left alone."""
     enc = get_tokenizer(tokenizer)
     paths = [path for source in sources for path in find_files(source)]
     folder = DATA_DIR / (name or Path(sources[0]).resolve().stem)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").exists():
+    meta_path = folder / "meta.json"
+    ours = meta_path.exists() and "fingerprint" in meta_path.read_text()
+    if any(folder.glob("*")) and not ours:
         raise SystemExit(f"{folder} is no data set: move it away, or give another --name")
-    if sources[0] == "wikitext103-test":
-        val_fraction = 1
-
+    # In code the commonest chunk by far is four blanks, which flatters BrierLM: a tab.
+    texts = read_all(paths, tokenizer, tabs=sources[0] in PYTHON)
+    val_fraction = 1 if sources[0] == "wikitext103-test" else val_fraction
     meta = {"tokenizer": str(Path(tokenizer).resolve()) if Path(tokenizer).is_file() else tokenizer,
             "vocab_size": enc.n_vocab, "border": border_token(enc),
-            "dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32",
-            "documents": 0, "train_tokens": 0, "val_tokens": 0,
-            "fingerprint": 0}   # a checksum of all tokens
-    # In code the commonest chunk by far is four blanks, which flatters BrierLM: they become a tab.
-    texts = read_all(paths, tokenizer, tabs=sources[0] in PYTHON)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "train.tmp", "wb") as train, open(folder / "val.tmp", "wb") as val:
+            "dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32"}
+
+    with tempfile.TemporaryDirectory(dir=DATA_DIR) as partial:
+        meta |= write_splits(Path(partial), texts, enc, meta, val_fraction)
+        folder.mkdir(parents=True, exist_ok=True)
+        meta_path.unlink(missing_ok=True)   # without it no data set is there
+        for file in ("train.bin", "val.bin"):
+            Path(partial, file).replace(folder / file)
+    meta_path.write_text(json.dumps(meta, indent=1))
+    print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation "
+          f"tokens, {meta['documents']:,} documents")
+
+
+def write_splits(folder, texts, enc, meta, val_fraction):
+    """Write documents into train.bin and val.bin as they come -> what meta.json says of them."""
+    found = {"documents": 0, "train_tokens": 0, "val_tokens": 0,
+             "fingerprint": 0}   # a checksum of all tokens
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         while batch := list(islice(texts, 256)):
             for text, ids in zip(batch, tokenize(enc, batch)):
-                # A number in [0, 1), made from the document alone and as good as random.
+                # In [0, 1), made from the document alone, as good as random.
                 fraction = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
                 split = "val" if fraction < val_fraction else "train"
                 written = np.concatenate([[meta["border"]], ids]).astype(meta["dtype"]).tobytes()
                 (val if split == "val" else train).write(written)
-                meta["fingerprint"] = zlib.crc32(written, meta["fingerprint"])
-                meta[f"{split}_tokens"] += 1 + len(ids)
-                meta["documents"] += 1
-
-    if 0 < val_fraction < 1 and 0 in (meta["train_tokens"], meta["val_tokens"]):
-        raise SystemExit(f"too little text: all documents ({meta['documents']}) fell on one side. "
-                         "More text helps; --val_fraction is the share that is held out")
-    (folder / "meta.json").unlink(missing_ok=True)   # without it no data set is there
-    for split in ("train", "val"):
-        (folder / f"{split}.tmp").replace(folder / f"{split}.bin")
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-    print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation "
-          f"tokens, {meta['documents']:,} documents")
+                found["fingerprint"] = zlib.crc32(written, found["fingerprint"])
+                found[f"{split}_tokens"] += 1 + len(ids)
+                found["documents"] += 1
+    if 0 < val_fraction < 1 and 0 in found.values():
+        raise SystemExit(f"too little text: all documents ({found['documents']}) fell on one side: "
+                         "give more, or another --val_fraction, the share that is held out")
+    return found
 
 
 # --- Reading back --------------------------------------------------------------------------
@@ -257,44 +254,41 @@ class TokenData:
         if name in KNOWN and not (self.folder / "meta.json").is_file():
             prepare([name])
         if not (self.folder / "meta.json").is_file():
-            raise SystemExit(f"no data set {name!r} in {DATA_DIR}: `python data/prepare.py SOURCE "
-                             f"--name {name}` makes it from a file or folder SOURCE")
+            raise SystemExit(f"no data set {name!r} in {DATA_DIR}: "
+                             f"`python data/prepare.py SOURCE --name {name}` makes it")
         meta = json.loads((self.folder / "meta.json").read_text())
         self.meta = {"name": name, **meta}   # a checkpoint keeps it
         self.tokenizer = get_tokenizer(meta["tokenizer"])
 
-    def tokens(self, split):
-        """All tokens of "train" or "val", where they lie on disk."""
-        return np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r")
-
     def batch(self, split, offsets, length):
         """Tokens [o, o + length) for each offset o (B,) -> int64 (B, length)."""
-        tokens = self.tokens(split)
+        tokens = np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r")
         windows = np.stack([tokens[o:o + length] for o in offsets])
         return torch.from_numpy(windows.astype(np.int64))
 
-    def random_offsets(self, split, count, length, seed):
-        """`count` window starts, a function of the seed alone: an exact resume saves nothing."""
-        starts = len(self.tokens(split)) - length + 1
+    def random_offsets(self, count, length, seed):
+        """`count` starts of training windows, a function of the seed alone."""
+        starts = self.meta["train_tokens"] - length + 1
         return np.random.default_rng(seed).integers(0, starts, size=count)
 
-    def even_offsets(self, split, count, length):
-        """Up to `count` starts of windows that do not overlap, spread evenly over the split."""
-        windows = len(self.tokens(split)) // length   # as many as there could be
+    def even_offsets(self, count, length):
+        """Up to `count` starts of validation windows that do not overlap, spread evenly."""
+        windows = self.meta["val_tokens"] // length   # as many as there could be
         count = min(count, windows)
         return np.arange(count) * windows // count * length
 
     def document_numbers(self, positions):
         """The number of the document of the validation split that each position lies in."""
-        borders = np.flatnonzero(self.tokens("val") == self.meta["border"])
+        tokens = np.memmap(self.folder / "val.bin", self.meta["dtype"], "r")
+        borders = np.flatnonzero(tokens == self.meta["border"])
         return np.searchsorted(borders, positions, side="right")
 
     def check_length(self, split, length):
         """End the program if a split is shorter than a window."""
         tokens = self.meta[f"{split}_tokens"]
         if tokens < length:
-            raise SystemExit(f"too little text: {self.folder}/{split}.bin has {tokens} tokens, less "
-                             f"than a window of {length}: prepare more, or lower --block_size")
+            raise SystemExit(f"too little text: {self.folder}/{split}.bin has {tokens} tokens, "
+                             f"a window {length}: prepare more, or lower --block_size")
 
 
 def main():

@@ -12,15 +12,22 @@ import torch
 import torch.nn.functional as F
 
 import calm
-import train
 from autoencoder import Autoencoder, AutoencoderConfig, kl_to_normal, posterior_samples
-from calm import (CALM, HEADS, ARConfig, CALMConfig, KVCache, energy_score,
-                  flops_per_token)
-from helpers import BOTH, ROOT, V, tiny_calm
+from calm import CALM, HEADS, ARConfig, CALMConfig, KVCache, energy_score, flops_per_token
+from helpers import BOTH, ROOT, V, tiny_ar, tiny_calm
 from sample import generate
 
 
-# --- The method stands alone --------------------------------------------------------------
+# --- The house -----------------------------------------------------------------------------
+
+
+def test_the_method_imports_torch_and_the_standard_library_and_the_plumbing_no_method():
+    for file, more in (("autoencoder.py", {"torch"}), ("calm.py", {"torch", "autoencoder"})):
+        imported = re.findall(r"^(?:import|from) (\w+)", (ROOT / file).read_text(), re.MULTILINE)
+        assert set(imported) <= more | sys.stdlib_module_names
+    for path in set((ROOT / "data").glob("*.py")) - {ROOT / "data" / "plot.py"}:
+        method = r"(import|from) (autoencoder|calm|sample|eval_brier|train)\b"
+        assert not re.search(method, path.read_text())
 
 
 ALONE = """
@@ -50,15 +57,6 @@ print(tuple(model.sample_chunks(h[:, -1], 3).shape))
 """
 
 
-def test_the_method_imports_torch_and_the_standard_library_and_the_plumbing_no_method():
-    for file, more in (("autoencoder.py", {"torch"}), ("calm.py", {"torch", "autoencoder"})):
-        top = re.findall(r"^(?:import|from) (\w+)", (ROOT / file).read_text(), re.MULTILINE)
-        assert set(top) <= more | sys.stdlib_module_names
-    for path in (ROOT / "data").glob("*.py"):
-        assert not re.search(r"(import|from) (autoencoder|calm|sample|eval_brier|train)\b",
-                             path.read_text())
-
-
 def test_a_copy_of_two_files_alone_trains_and_samples(tmp_path):
     for file in ("autoencoder.py", "calm.py"):
         (tmp_path / file).write_bytes((ROOT / file).read_bytes())
@@ -68,7 +66,14 @@ def test_a_copy_of_two_files_alone_trains_and_samples(tmp_path):
     assert done.stdout.strip() == b"(3, 1, 4)"
 
 
+def test_the_tour_shows_the_shapes_of_a_step(run):
+    out = run(calm).out
+    assert "(1, T+1, K)  (1, 19, 4)" in out and "(N, T, L)    (8, 18, 32)" in out
+
+
 # --- The energy score ----------------------------------------------------------------------
+
+
 def scores_of(mean, std, alpha, P=200_000, N=3, M=4):
     """Energy losses of a forecast N(mean, std^2) for outcomes N(0, 1), each call with one noise."""
     torch.manual_seed(0)
@@ -113,18 +118,20 @@ def test_energy_score_never_builds_all_differences():
         kept.append(tensor.numel())
         return tensor
 
-    x = torch.randn(8, 32, 64, requires_grad=True)                 # (N, P, L)
+    x = torch.randn(8, 32, 64, requires_grad=True)   # (N, P, L)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        energy_score(x, torch.randn(16, 32, 64))                   # (M, P, L)
+        energy_score(x, torch.randn(16, 32, 64))     # (M, P, L)
     assert max(kept) <= 16 * 32 * 64
 
 
 # --- The autoencoder -----------------------------------------------------------------------
+
+
 def test_posterior_samples_have_the_mean_and_the_spread_asked_for():
     mean = torch.tensor([0.3, -2.0])
     std = torch.tensor([1, 0.5])
     y = posterior_samples(mean.expand(20_000, 2), std.log().expand(20_000, 2), 3)
-    noise = (y - mean) / std                                       # (3, 20_000, 2)
+    noise = (y - mean) / std                         # (3, 20_000, 2)
     assert (noise.mean(1).abs() < 5 / 20_000 ** 0.5).all()
     assert ((noise.std(1) - 1).abs() < 5 / 40_000 ** 0.5).all()
     assert ((noise[0] * noise[1]).mean(0).abs() < 5 / 20_000 ** 0.5).all()   # of its own each
@@ -144,10 +151,24 @@ def test_the_autoencoders_loss_is_cross_entropy_and_clipped_kl():
         z = mean + log_std.exp() * torch.randn(3, 2, 6).view(6, 6)
         log_p = model.decode(z).log_softmax(-1).gather(-1, chunks[..., None])
         kl = kl_to_normal(mean, log_std)
-    assert (kl < 0.5).any() and (kl > 0.5).any()                   # some are clipped, some are not
+    assert (kl < 0.5).any() and (kl > 0.5).any()     # some are clipped, some are not
     kl = kl.clamp_min(0.5).sum(-1).mean()
     torch.testing.assert_close(metrics["clipped_kl"], kl)
     torch.testing.assert_close(loss, -4 * log_p.mean() + 1e-3 * kl)
+
+
+def test_a_large_vocabulary_is_decoded_in_slices(monkeypatch):
+    model = Autoencoder(AutoencoderConfig(2**22, 4, latent_dim=6, n_embd=4, n_ff=8)).eval()
+    rows = []
+
+    def decode(z):
+        rows.append(len(z))
+        return F.one_hot(z[:, :4].long(), 9)   # of vector (1, 2, 3, ...) the tokens 1, 2, 3, ...
+
+    monkeypatch.setattr(model, "decode", decode)
+    z = torch.arange(8.0)[:, None, None].expand(8, 3, 6)
+    assert torch.equal(model.tokens(z), z[..., :4].long())
+    assert rows == [4] * 6                     # 4 rows have 4 * 4 * 2^22 = 2^26 logits
 
 
 def test_the_frozen_autoencoder_gets_no_gradient_and_stays_in_eval_mode():
@@ -162,7 +183,9 @@ def test_the_frozen_autoencoder_gets_no_gradient_and_stays_in_eval_mode():
 
 
 # --- Every head, every input ---------------------------------------------------------------
-@pytest.mark.parametrize("kind", HEADS)
+
+
+@pytest.mark.parametrize("kind", ["energy", "flow", "diffusion"])
 def test_a_head_learns_the_distribution_it_is_given(kind):
     """Two contexts, with targets around (2, -1) and (-2, 1): after a short training the samples lie
     there, as wide as they should."""
@@ -180,23 +203,43 @@ def test_a_head_learns_the_distribution_it_is_given(kind):
         loss.mean().backward()
         optimizer.step()
     with torch.no_grad():
-        z = head.sample(h, 2000)                                   # (2000, 2, 2)
+        z = head.sample(h, 2000)                     # (2000, 2, 2)
     assert (z.mean(0) - mean).abs().max() < 0.2
     assert (z.std(0) - 0.5).abs().max() < 0.25
 
 
 @pytest.mark.parametrize("mode", ["discrete", "continuous", "both"])
-@pytest.mark.parametrize("kind, evals", [("flow", 2), ("diffusion", 7), ("energy", 1)])
+@pytest.mark.parametrize("kind, evals", [("flow", 2), ("diffusion", 7), ("energy", 0)])
 def test_every_head_and_every_input_trains_and_generates(kind, evals, mode):
-    model = tiny_calm(head=kind, num_evals=evals, input_mode=mode).train()
+    model = tiny_calm(head=kind, num_evals=evals, input_mode=mode, aux_weight=0.5).train()
     loss, metrics = model.loss(torch.randint(V, (2, 20)))
     loss.backward()
-    assert loss.isfinite() and kind in metrics
-    assert all(p.grad is not None for p in model.head.parameters())
+    assert loss.isfinite() and metrics["head_loss"] < metrics["loss"] == loss
+    assert all(p.grad is not None for name, p in model.named_parameters()
+               if not name.startswith("autoencoder."))
     assert generate(model.eval(), torch.randint(V, (2, 4)), 6).shape == (2, 10)
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["flow", "diffusion"])
+def test_a_sample_is_no_noise_however_few_the_evaluations(kind):
+    """A head that says "z is 0" draws 0, with one evaluation, too."""
+    head = HEADS[kind](CALMConfig(latent_dim=6, n_embd=32, n_head_layer=1, head=kind, num_evals=1))
+    noise = torch.randn(50, 3, 6)
+
+    def z_is_zero(x, t, h):
+        t = t[..., None]
+        if kind == "flow":   # z = x + (1 - t) velocity
+            return -x / (1 - t / 1000)
+        a = head.alpha_bar[t.long()].float()
+        return torch.cat([x / (1 - a).sqrt(), torch.zeros_like(x)], dim=-1)
+
+    head.forward = z_is_zero
+    z = head.sample(torch.zeros(3, 32), 50, noise)
+    assert z.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["energy", "flow", "diffusion"])
 def test_first_weights_are_the_authors_and_the_first_output_is_zero(kind):
     """Their flow and diffusion heads begin with Xavier's, but for the embedding of the time."""
     config = CALMConfig(V, 4, 32, n_embd=128, n_ff=48, n_layer=1, n_head=4, n_head_layer=1,
@@ -215,25 +258,31 @@ def test_first_weights_are_the_authors_and_the_first_output_is_zero(kind):
     assert up_proj.weight.std().item() == pytest.approx(0.02, rel=0.06)
 
 
-@pytest.mark.parametrize("aux_weight", [0.0, 0.5])
-@pytest.mark.parametrize("kind", HEADS)
-def test_the_loss_is_the_heads_and_a_weighted_auxiliary_one(kind, aux_weight):
-    loss, metrics = tiny_calm(head=kind, aux_weight=aux_weight).loss(torch.randint(V, (2, 20)))
-    assert set(metrics) == {"loss", kind} | ({"aux"} if aux_weight else set())
-    torch.testing.assert_close(metrics["loss"], loss.detach())
-    torch.testing.assert_close(loss.detach(), metrics[kind] + aux_weight * metrics.get("aux", 0.0))
+@torch.no_grad()
+def test_without_noise_the_energy_head_draws_one_vector_for_each_h():
+    """With it, it draws many. The scale stands behind norm_noise: before it, without a bias, half
+    the noise would be the same as all."""
+    model = tiny_calm()
+    torch.nn.init.zeros_(model.head.noise_embd.bias)
+    h = torch.randn(3, model.config.n_embd)
+    noise = torch.rand(5, 3, model.config.n_noise) - 0.5
+    usual = model.head.sample(h, 5, noise)
+    for z in model.head.sample(h, 5, noise_scale=0.0).unbind(1):   # (5, L)
+        assert torch.allclose(z, z[:1].expand(5, -1), atol=1e-6)
+    assert not torch.allclose(model.head.sample(h, 5, noise, 0.5), usual, atol=0.01)
+    assert model.sample_chunks(h, 20, 0.0).unique(dim=0).shape[0] == 1
 
 
 def test_the_auxiliary_loss_is_the_cross_entropy_of_the_next_chunk():
+    """With a large vocabulary, at every second position."""
     model = tiny_calm(aux_weight=0.5)
     h = torch.randn(6, 32)
     targets = torch.randint(V, (6, 4))
     logits = model.aux(h).view(6, 4, V)
-    every = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean((1, 2))    # position
-    torch.testing.assert_close(model.auxiliary_loss(h, targets), every.mean())
-    model.aux_every = 6   # as for a large vocabulary: at one position, which is another each time
-    found = {round(model.auxiliary_loss(h, targets).item(), 4) for _ in range(200)}
-    assert found == {round(loss.item(), 4) for loss in every}
+    each = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean((1, 2))   # of a position
+    torch.testing.assert_close(model.auxiliary_loss(h, targets), each.mean())
+    model.config.vocab_size = 8192
+    torch.testing.assert_close(model.auxiliary_loss(h, targets), each[::2].mean())
 
 
 def test_the_readmes_head_is_one_class_and_one_entry(monkeypatch):
@@ -242,7 +291,6 @@ def test_the_readmes_head_is_one_class_and_one_entry(monkeypatch):
     code, = re.findall(r"```python\n(.*?class MeanHead.*?)```", readme, re.DOTALL)
     monkeypatch.setattr(calm, "HEADS", dict(calm.HEADS))
     exec(code, vars(calm).copy())
-    assert "mean" in calm.HEADS
 
     model = tiny_calm(head="mean").train()
     tokens = torch.arange(32).view(2, 16) % V
@@ -252,25 +300,35 @@ def test_the_readmes_head_is_one_class_and_one_entry(monkeypatch):
     optimizer.step()
     assert model.loss(tokens)[0] < before
     assert generate(model.eval(), tokens[:, :4], 6).shape == (2, 10)
-    flops = flops_per_token(model.config, model.autoencoder.config)
-    assert flops["samples"] == 2 * 32 * 6 / 4   # one product of h with a matrix (32, 6)
-    monkeypatch.setattr(train, "HEADS", calm.HEADS)
-    assert train.parse_args(["--head", "mean", "--preset", "nano"]).head == "mean"
+
+
+def test_a_head_that_reads_its_numbers_is_counted(monkeypatch):
+    class Curious(calm.EnergyHead):
+        def sample(self, h, n, noise=None):
+            scale = 1.0 if h.sum().item() < 1 else 2.0
+            return scale * super().sample(h, n, noise)
+
+    monkeypatch.setattr(calm, "HEADS", {**HEADS, "curious": Curious})
+    sizes = dict(latent_dim=32, n_embd=64, n_layer=1, n_head=4, n_head_layer=1, block_size=8)
+    ae = AutoencoderConfig(latent_dim=32, n_embd=16, n_ff=24)
+    assert (flops_per_token(CALMConfig(**sizes, head="curious"), ae)
+            == flops_per_token(CALMConfig(**sizes), ae))
 
 
 # --- The Transformer -----------------------------------------------------------------------
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("make", BOTH)
 def test_cached_and_uncached_hidden_states_agree(make):
+    """A prompt at once, then position by position."""
     model = make()
     K = model.chunk_size
     tokens = torch.randint(V, (2, 12 * K))
     cache = KVCache(12)
-    parts = []
-    begin = 0
-    for length in (5, 1, 1, 3, 2):   # a prompt, single steps, and several chunks behind cached ones
-        parts.append(model.hidden(tokens[:, begin * K:(begin + length) * K], cache))
-        begin += length
+    parts = [model.hidden(tokens[:, :7 * K], cache)]
+    for begin in range(7, 12):
+        parts.append(model.hidden(tokens[:, begin * K:(begin + 1) * K], cache))
     whole = model.hidden(tokens)
     assert whole.shape == (2, 12, 32)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
@@ -291,7 +349,7 @@ def test_no_position_sees_its_future(make):
 
 
 def test_the_baselines_loss_is_the_cross_entropy_of_the_next_token():
-    model = BOTH[1]()
+    model = tiny_ar()
     tokens = torch.randint(V, (2, 9))
     logits = model.lm_head(model.hidden(tokens))[:, :-1]
     expected = F.cross_entropy(logits.reshape(16, V), tokens[:, 1:].reshape(16))
@@ -321,45 +379,16 @@ def test_flops_are_the_papers(row):
     assert flops["train"] * 5e11 == pytest.approx(training, rel=0.06)
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_flops_are_the_sums_of_their_parts_and_a_heads_are_two_a_weight(head):
-    """Of the N samples in training, what depends on h alone is computed once."""
+@pytest.mark.parametrize("kind, evals", [("energy", 1), ("flow", 20), ("diffusion", 100)])
+def test_a_sample_costs_two_flops_a_weight_and_evaluation(kind, evals):
+    sizes = dict(latent_dim=32, n_embd=128, n_layer=2, n_head=2, block_size=128, head=kind)
     ae = AutoencoderConfig(latent_dim=32, n_embd=128, n_ff=64)
-    config = CALMConfig(latent_dim=32, n_embd=128, n_layer=2, n_head=2, n_head_layer=1,
-                        block_size=128, aux_weight=0.5, head=head)
-    flops = flops_per_token(config, ae)
-    forward = flops["inputs"] + flops["transformer"]
-    training = 3 * (forward + flops["samples"] + flops["aux"]) + flops["encode"]
-    assert flops["train"] == pytest.approx(training)
-    weights = 0
-    of_h = 0
-    for name, p in HEADS[head](config).named_parameters():
-        if p.ndim == 2:
-            weights += p.numel()
-            if "hidden_embd" in name or "cond_embed" in name:
-                of_h += p.numel()
-            if "mlp_blocks" in name and "linears.0" in name:
-                of_h += p.numel() / 2
-    assert flops["samples"] == pytest.approx(2 * (8 * (weights - of_h) + of_h) / 4)
-    sample = config.num_evals * 2 * weights / 4
-    decode = flops_per_token(ae)["decode"]
-    assert flops["inference"] == pytest.approx(forward + sample + decode)
+    one = CALMConfig(**sizes, n_head_layer=1)
+    two = CALMConfig(**sizes, n_head_layer=2)
 
+    def weights(config):
+        return sum(p.numel() for p in HEADS[kind](config).parameters() if p.ndim == 2)
 
-# --- The demonstration, python calm.py -----------------------------------------------------
-def test_the_demonstration_is_the_readmes_and_its_shares_are_all_of_a_step(run, tmp_path,
-                                                                          monkeypatch):
-    monkeypatch.chdir(tmp_path)   # where no model has been trained
-    result = run(calm)
-    assert result.code == 0, result.err
-    table, = re.findall(r"```\n(step .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert table in result.out
-    shares = [float(share) for share in re.findall(r"([\d.]+)%", table)]
-    assert sum(shares) == pytest.approx(100, abs=0.3)
-
-
-def test_the_demonstration_takes_a_trained_model(run, trained, monkeypatch):
-    monkeypatch.setattr("data.checkpoint.DEFAULT_RUN", str(trained / "out"))
-    result = run(calm)
-    assert result.code == 0, result.err
-    assert "random weights" not in result.out and "nan" not in result.out
+    more = weights(two) - weights(one)   # of a second block
+    dearer = flops_per_token(two, ae)["inference"] - flops_per_token(one, ae)["inference"]
+    assert dearer == pytest.approx(2 * evals * more / 4)
