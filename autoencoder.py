@@ -75,7 +75,7 @@ class Encoder(nn.Module):
         K = config.chunk_size
         H = config.n_embd
         self.token_mask = config.token_mask
-        self.n_token_layers = config.n_layer // 2     # these see single tokens, the rest chunks
+        self.n_token_layers = config.n_layer // 2  # these see single tokens, the rest chunks
         self.embed_tokens = nn.Embedding(config.vocab_size, H)
         blocks = [ResidualBlock(config) for _ in range(config.n_layer)]
         self.encoder_layers = nn.Sequential(*blocks)
@@ -85,16 +85,16 @@ class Encoder(nn.Module):
 
     def forward(self, chunks):
         """Tokens (..., K) -> mean (..., L), log_std (..., L)."""
-        x = self.embed_tokens(chunks)                                  # (..., K, H)
+        x = self.embed_tokens(chunks)                     # (..., K, H)
         if self.training and self.token_mask > 0:
             # A masked token becomes the zero vector, which no token has.
             # (The authors replace it by token 0, which is a real one.)
             kept = torch.rand(chunks.shape, device=x.device) >= self.token_mask
             x = x * kept.unsqueeze(-1)
 
-        x = self.encoder_layers[:self.n_token_layers](x)               # (..., K, H)
-        x = self.squeeze_layer(x.flatten(-2))                          # (..., K*H) -> (..., H)
-        x = self.encoder_layers[self.n_token_layers:](x)               # (..., H)
+        x = self.encoder_layers[:self.n_token_layers](x)  # (..., K, H)
+        x = self.squeeze_layer(x.flatten(-2))             # (..., K*H) -> (..., H)
+        x = self.encoder_layers[self.n_token_layers:](x)  # (..., H)
         mean, log_std = self.hidden_to_latent(self.norm(x)).chunk(2, dim=-1)
         return mean, log_std
 
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.chunk_size = config.chunk_size
         H = config.n_embd
-        self.n_chunk_layers = config.n_layer - config.n_layer // 2    # these see the whole chunk
+        self.n_chunk_layers = config.n_layer - config.n_layer // 2  # these see the whole chunk
         self.latent_to_hidden = nn.Linear(config.latent_dim, H)
         blocks = [ResidualBlock(config) for _ in range(config.n_layer)]
         self.decoder_layers = nn.Sequential(*blocks)
@@ -115,12 +115,12 @@ class Decoder(nn.Module):
 
     def forward(self, z, embedding):
         """Vectors z (..., L) and the embedding (V, H) -> logits (..., K, V)."""
-        x = self.latent_to_hidden(z)                                   # (..., L) -> (..., H)
-        x = self.decoder_layers[:self.n_chunk_layers](x)               # (..., H)
-        x = self.expand_layer(x)                                       # (..., K*H)
-        x = x.unflatten(-1, (self.chunk_size, -1))                     # (..., K, H)
-        x = self.decoder_layers[self.n_chunk_layers:](x)               # (..., K, H)
-        return F.linear(self.norm(x), embedding)                       # (..., K, V)
+        x = self.latent_to_hidden(z)                      # (..., L) -> (..., H)
+        x = self.decoder_layers[:self.n_chunk_layers](x)  # (..., H)
+        x = self.expand_layer(x)                          # (..., K*H)
+        x = x.unflatten(-1, (self.chunk_size, -1))        # (..., K, H)
+        x = self.decoder_layers[self.n_chunk_layers:](x)  # (..., K, H)
+        return F.linear(self.norm(x), embedding)          # (..., K, V)
 
 
 class Autoencoder(nn.Module):
@@ -162,14 +162,14 @@ class Autoencoder(nn.Module):
         it further.
         """
         c = self.config
-        chunks = tokens.unflatten(-1, (-1, c.chunk_size))              # (..., T, K)
-        mean, log_std = self.encode(chunks)                            # (..., T, L) each
-        z = posterior_samples(mean, log_std, 1)[0]                     # (..., T, L)
+        chunks = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., T, K)
+        mean, log_std = self.encode(chunks)                # (..., T, L) each
+        z = posterior_samples(mean, log_std, 1)[0]         # (..., T, L)
         z = F.dropout(z, c.dropout, self.training)
-        logits = self.decode(z).float()                                # (..., T, K, V)
+        logits = self.decode(z).float()                    # (..., T, K, V)
 
         reconstruction = c.chunk_size * F.cross_entropy(logits.flatten(0, -2), chunks.flatten())
-        kl = kl_to_normal(mean, log_std)                               # (..., T, L)
+        kl = kl_to_normal(mean, log_std)                   # (..., T, L)
         clipped_kl = kl.clamp_min(c.kl_clip).sum(-1).mean()
         loss = reconstruction + c.kl_weight * clipped_kl
 
@@ -209,7 +209,7 @@ def init_weights(module):
 def describe_vectors(model, chunks):
     """Move the vectors of held-out chunks (P, K), decode them, and print the share of tokens and of
     chunks that come out right."""
-    mean, log_std = model.encode(chunks)                               # (P, L) each
+    mean, log_std = model.encode(chunks)      # (P, L) each
     noise = torch.randn_like(mean)
     vectors = {"the posterior's mean": mean,
                "drawn from the posterior": mean + log_std.exp() * noise}
@@ -218,10 +218,10 @@ def describe_vectors(model, chunks):
 
     print(f"{'vector':30} {'tokens right':>14} {'chunks right':>14}")
     for name, z in vectors.items():
-        right = model.tokens(z) == chunks                              # (P, K)
+        right = model.tokens(z) == chunks     # (P, K)
         print(f"{name:30} {right.float().mean():14.3%} {right.all(-1).float().mean():14.3%}")
 
-    kl = kl_to_normal(mean, log_std).mean(0)                           # of each dimension, (L,)
+    kl = kl_to_normal(mean, log_std).mean(0)  # of each dimension, (L,)
     print(f"\nKL {kl.sum():.1f} nats a chunk; in use (KL above 0.1): {(kl > 0.1).sum()} of the "
           f"{len(kl)} dimensions; the posterior's mean sigma: {log_std.exp().mean():.3f}")
 

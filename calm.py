@@ -9,8 +9,7 @@ A training step in five lines (`python calm.py` takes a line of text through the
     the true chunk t+1        -> M samples y of its vector   the frozen autoencoder's posterior
     the samples z and y       -> loss                        energy_score
 
-Read it from here to AR, the token-by-token baseline. Two slower heads, and what everything costs,
-come after.
+Read it from here to AR, the token-by-token baseline. Two slower heads and all costs come after.
 
 Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, N samples
 of the head, M samples of the posterior, L numbers in a chunk's vector, P positions (B and T
@@ -73,7 +72,7 @@ def rotary_tables(head_dim, positions, theta=10000.0):
     # numbers of a checkpoint take their place, but a checkpoint does not have these.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
-    angle = angle.repeat(1, 2)                                     # (positions, hs)
+    angle = angle.repeat(1, 2)  # (positions, hs)
     return angle.cos(), angle.sin()
 
 
@@ -97,7 +96,7 @@ class KVCache:
             B, nh, _, hs = k.shape
             self.layers[layer] = k.new_zeros(2, B, nh, self.block_size, hs)
         end = self.length + k.shape[2]
-        self.layers[layer][..., self.length:end, :] = torch.stack([k, v])    # length moves later
+        self.layers[layer][..., self.length:end, :] = torch.stack([k, v])  # length moves later
         return self.layers[layer][..., :end, :]
 
 
@@ -117,19 +116,19 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         """x (B, T, D), cos and sin (T, hs) -> (B, T, D)."""
         heads = (self.n_head, -1)
-        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)    # (B, nh, T, hs)
+        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)  # (B, nh, T, hs)
         k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)
-        q = rotate(q, cos, sin).type_as(v)                         # cos and sin are float32
+        q = rotate(q, cos, sin).type_as(v)                 # cos and sin are float32
         k = rotate(k, cos, sin).type_as(v)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v)                   # (B, nh, end, hs)
+            k, v = cache.write(self.layer, k, v)           # (B, nh, end, hs)
         # Either x is all positions so far, or it is one new position, which may look at them all.
         T = q.shape[2]
         end = k.shape[2]
         assert T in (1, end), "a cache takes a whole prompt, then one position at a time"
         x = F.scaled_dot_product_attention(q, k, v, is_causal=(T == end))
-        return self.o_proj(x.transpose(1, 2).flatten(-2))          # (B, T, D)
+        return self.o_proj(x.transpose(1, 2).flatten(-2))  # (B, T, D)
 
 
 class Block(nn.Module):
@@ -185,9 +184,9 @@ class EnergyBlock(nn.Module):
         """x (N, ..., D), one per sample; c (..., D), the condition, one for all N samples."""
         # W [norm(x), c] + b = W_x norm(x) + (W_c c + b). The bracket is the same for all samples.
         first = self.linears[0]
-        W_x, W_c = first.weight.chunk(2, dim=1)                    # (D, D) each
+        W_x, W_c = first.weight.chunk(2, dim=1)          # (D, D) each
         mixed = F.linear(self.in_ln(x), W_x) + F.linear(c, W_c, first.bias)
-        g, u = self.linears[1:](mixed).chunk(2, dim=-1)            # (N, ..., D) each
+        g, u = self.linears[1:](mixed).chunk(2, dim=-1)  # (N, ..., D) each
         return x + self.down_proj(F.silu(g) * u)
 
 
@@ -217,33 +216,31 @@ class EnergyHead(nn.Module):
         self.mlp_blocks = nn.ModuleList([EnergyBlock(D) for _ in range(config.n_head_layer)])
         self.final_layer = FinalLayer(D, config.latent_dim)
         self.apply(init_weights)
-        nn.init.zeros_(self.final_layer.linears[2].weight)         # every z is 0 before training
+        nn.init.zeros_(self.final_layer.linears[2].weight)  # every z is 0 before training
 
     def sample(self, h, n, noise=None, noise_scale=1.0):
         """n samples given h (..., D) -> z (n, ..., L).
 
-        noise (n, ..., n_noise): uniform in [-0.5, 0.5], drawn here unless it is given. noise_scale:
-        ours, not the paper's, from 0 to 1. With less noise the samples differ less, and decode to
-        likelier chunks, as at a low temperature, but at no cost. (At 0 there is one sample for each
-        h.) It stands behind norm_noise, which would undo it.
+        noise (n, ..., n_noise): uniform in [-0.5, 0.5], drawn here unless given. noise_scale, from
+        0 to 1: ours, not the paper's. With less noise the samples differ less, and decode to
+        likelier chunks, as at a low temperature, for free. (norm_noise, before it, would undo it.)
         """
         if noise is None:
             noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5
         x = noise_scale * self.norm_noise(self.noise_embd(noise))  # (n, ..., D)
-        c = self.norm_hidden(self.hidden_embd(h))                  # (..., D)
+        c = self.norm_hidden(self.hidden_embd(h))  # (..., D)
         for block in self.mlp_blocks:
             x = block(x, c)
-        return self.final_layer(x)                                 # (n, ..., L)
+        return self.final_layer(x)                 # (n, ..., L)
 
     def loss(self, h, mean, log_std):
         """Equation 12: h (P, D); mean, log_std (P, L) of the next chunk's posterior -> (P,).
 
-        The gradient flows through the samples: from the score into each z, from z into the weights
-        that turned noise into it. That takes no likelihood, only samples that are a differentiable
-        function of the weights.
+        The gradient flows through the samples: from the score into each z, and from z into the
+        weights that made it of noise. So a head needs no likelihood.
         """
-        z = self.sample(h, self.config.num_samples)                # (N, P, L)
-        y = posterior_samples(mean, log_std, self.config.num_targets)     # (M, P, L)
+        z = self.sample(h, self.config.num_samples)  # (N, P, L)
+        y = posterior_samples(mean, log_std, self.config.num_targets)  # (M, P, L)
         return energy_score(z, y, self.config.alpha)
 
 
@@ -264,10 +261,10 @@ def energy_score(z, y, alpha=1.0):
     """
     N = len(z)
     with torch.autocast(z.device.type, enabled=False):
-        z = z.float().transpose(0, 1)                              # (P, N, L)
-        y = y.float().transpose(0, 1)                              # (P, M, L)
-        to_targets = distances(z, y, alpha).mean((1, 2))           # (P,)
-        pairs = distances(z, z, alpha).triu(1).sum((1, 2))         # (P,): each pair once
+        z = z.float().transpose(0, 1)                       # (P, N, L)
+        y = y.float().transpose(0, 1)                       # (P, M, L)
+        to_targets = distances(z, y, alpha).mean((1, 2))    # (P,)
+        pairs = distances(z, z, alpha).triu(1).sum((1, 2))  # (P,): each pair once
         return 2 * to_targets - 2 * pairs / (N * (N - 1))
 
 
@@ -275,11 +272,10 @@ def distances(x, y, alpha):
     """|x_n - y_m|^alpha: x (P, N, L), y (P, M, L) -> (P, N, M).
 
     |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. Its price: distances
-    below about |x| / 1000 are mostly rounding. Those below 1e-5 count as 1e-5, with a gradient of
-    0, not infinite.
+    below about |x| / 1000 are mostly rounding. Those below 1e-5 count as 1e-5, with gradient 0.
     """
-    x2 = torch.linalg.vector_norm(x, dim=-1) ** 2                  # (P, N), less memory than x ** 2
-    y2 = torch.linalg.vector_norm(y, dim=-1) ** 2                  # (P, M)
+    x2 = torch.linalg.vector_norm(x, dim=-1) ** 2  # (P, N), less memory than x ** 2
+    y2 = torch.linalg.vector_norm(y, dim=-1) ** 2  # (P, M)
     squares = torch.baddbmm(x2[:, :, None] + y2[:, None, :], x, y.transpose(1, 2), alpha=-2)
     return squares.clamp_min(1e-10) ** (alpha / 2)
 
@@ -305,14 +301,14 @@ class CALM(nn.Module):
             self.embed_tokens = nn.Embedding(config.vocab_size, D)
             self.embed_proj = nn.Sequential(nn.Linear(K * D, 2 * D), nn.SiLU(),
                                             nn.Linear(2 * D, D), nn.LayerNorm(D, eps=1e-6))
-        if config.input_mode != "discrete":                        # the paper's ablation
+        if config.input_mode != "discrete":                   # the paper's ablation
             self.latent_proj = nn.Linear(config.latent_dim, D)
         self.transformer = Transformer(config)
-        if config.aux_weight > 0:                                  # ours: see auxiliary_loss
+        if config.aux_weight > 0:                             # ours: see auxiliary_loss
             self.aux = nn.Linear(D, K * config.vocab_size)
-        self.apply(init_weights)                                   # all of the above
-        self.head = HEADS[config.head](config)                     # it initialises itself
-        self.autoencoder = autoencoder.requires_grad_(False)       # it is trained already
+        self.apply(init_weights)                              # all of the above
+        self.head = HEADS[config.head](config)                # it initialises itself
+        self.autoencoder = autoencoder.requires_grad_(False)  # it is trained already
 
     def train(self, mode=True):
         """As nn.Module.train, but the frozen autoencoder always stays in eval mode."""
@@ -323,10 +319,10 @@ class CALM(nn.Module):
     def inputs(self, tokens):
         """tokens (B, T*K) -> one vector per chunk (B, T, D), from its token embeddings (section
         3.3). The paper found the autoencoder's vectors to be a worse input."""
-        chunks = tokens.unflatten(1, (-1, self.chunk_size))        # (B, T, K)
+        chunks = tokens.unflatten(1, (-1, self.chunk_size))  # (B, T, K)
         if self.config.input_mode != "discrete":
             return self.latent_inputs(chunks)
-        return self.embed_proj(self.embed_tokens(chunks).flatten(-2))     # (B, T, K*D) -> (B, T, D)
+        return self.embed_proj(self.embed_tokens(chunks).flatten(-2))  # (B, T, K*D) -> (B, T, D)
 
     def hidden(self, tokens, cache=None):
         """tokens (B, T*K) -> h (B, T, D): h_t has seen chunks up to t, and predicts chunk t+1."""
@@ -335,9 +331,9 @@ class CALM(nn.Module):
     def loss(self, tokens):
         """tokens (B, (T+1)*K) -> loss, metrics: chunk t+1 from h_t, at P = B*T positions."""
         K = self.chunk_size
-        h = self.hidden(tokens[:, :-K]).flatten(0, 1)              # (P, D)
-        targets = tokens[:, K:].reshape(-1, K)                     # (P, K): the chunks to come
-        mean, log_std = self.autoencoder.encode(targets)           # (P, L) each: their posteriors
+        h = self.hidden(tokens[:, :-K]).flatten(0, 1)     # (P, D)
+        targets = tokens[:, K:].reshape(-1, K)            # (P, K): the chunks to come
+        mean, log_std = self.autoencoder.encode(targets)  # (P, L) each: their posteriors
         head_loss = self.head.loss(h, mean, log_std).mean()
         loss = head_loss
         if self.config.aux_weight > 0:
@@ -354,8 +350,8 @@ class CALM(nn.Module):
     def latent_inputs(self, chunks):
         """The paper's ablation: chunks (B, T, K) -> (B, T, D), from the chunks' vectors, with
         input_mode "both" also from their token embeddings."""
-        mean, _ = self.autoencoder.encode(chunks)                  # (B, T, L)
-        x = self.latent_proj(mean)                                 # (B, T, D)
+        mean, _ = self.autoencoder.encode(chunks)  # (B, T, L)
+        x = self.latent_proj(mean)                 # (B, T, D)
         if self.config.input_mode == "both":
             x = x + self.embed_proj(self.embed_tokens(chunks).flatten(-2))
         return x
@@ -387,7 +383,7 @@ class AR(nn.Module):
 
     def loss(self, tokens):
         """tokens (B, T+1) -> loss, metrics: cross-entropy of token t+1 from h_t, in nats."""
-        logits = self.lm_head(self.hidden(tokens[:, :-1])).float()        # (B, T, V)
+        logits = self.lm_head(self.hidden(tokens[:, :-1])).float()  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         return loss, {"loss": loss.detach()}
 
@@ -395,7 +391,7 @@ class AR(nn.Module):
 
     def sample_chunks(self, h, n, temperature=1.0):
         """n next tokens, chunks of one, given each h (B, D) -> tokens (n, B, 1)."""
-        p = (self.lm_head(h).float() / temperature).softmax(-1)    # (B, V)
+        p = (self.lm_head(h).float() / temperature).softmax(-1)  # (B, V)
         return torch.multinomial(p, n, replacement=True).T[..., None]
 
 
@@ -444,9 +440,9 @@ class TimeNet(nn.Module):
     def forward(self, x, t, h):
         """x (..., L), t (...) from 0 to 999, h (..., D) -> (..., out), in float32."""
         frequency = 10000.0 ** (-torch.arange(128, device=x.device) / 128)
-        angle = t[..., None] * frequency                           # (..., 128)
+        angle = t[..., None] * frequency  # (..., 128)
         time = self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=-1))
-        c = time + self.cond_embed(h)                              # the condition (..., D)
+        c = time + self.cond_embed(h)     # the condition (..., D)
         x = self.input_proj(x)
         for block in self.res_blocks:
             x = block(x, c)
@@ -460,7 +456,7 @@ class FlowHead(TimeNet):
 
     def __init__(self, config):
         super().__init__(config, config.latent_dim)
-        self.steps = max(1, (config.num_evals or 20) // 2)         # each evaluates it twice
+        self.steps = max(1, (config.num_evals or 20) // 2)  # each evaluates it twice
 
     def velocity(self, x, t, h):
         """t (...) is in [0, 1]; the network gets floor(1000 t), as that of the authors does."""
@@ -468,11 +464,11 @@ class FlowHead(TimeNet):
 
     def loss(self, h, mean, log_std):
         """Mean squared error of the velocity z - x_0 at N random times per position -> (P,)."""
-        z = posterior_samples(mean, log_std, self.config.num_samples)     # (N, P, L)
+        z = posterior_samples(mean, log_std, self.config.num_samples)  # (N, P, L)
         x_0 = torch.randn_like(z)
-        t = torch.rand(z.shape[:2], device=z.device)               # (N, P)
+        t = torch.rand(z.shape[:2], device=z.device)  # (N, P)
         x_t = torch.lerp(x_0, z, t[..., None])
-        error = self.velocity(x_t, t, h) - (z - x_0)               # (N, P, L)
+        error = self.velocity(x_t, t, h) - (z - x_0)  # (N, P, L)
         return error.square().mean(-1).mean(0)
 
     def sample(self, h, n, noise=None):
@@ -501,7 +497,7 @@ class DiffusionHead(TimeNet):
         time = torch.arange(1001, dtype=torch.float64, device="cpu") / 1000
         angle = (time + 0.008) / 1.008 * math.pi / 2
         beta = (1 - angle[1:].cos() ** 2 / angle[:-1].cos() ** 2).clamp_max(0.999)
-        self.register_buffer("alpha_bar", (1 - beta).cumprod(0), persistent=False)    # (1000,)
+        self.register_buffer("alpha_bar", (1 - beta).cumprod(0), persistent=False)  # (1000,)
 
     def predict_z(self, x_t, noise, a):
         """Solve x_t = sqrt(a) z + sqrt(1 - a) noise for z: x_t, noise (..., L), a (..., 1)."""
@@ -514,12 +510,12 @@ class DiffusionHead(TimeNet):
         of the steps, that of the step before in the chain. v (..., L), from the network: at -1 the
         log-variance is that of the posterior, at 1 that of the step forward, log beta.
         """
-        beta = 1 - a / a_before                                    # variance of q(x_t | x_{t-1})
+        beta = 1 - a / a_before                     # variance of q(x_t | x_{t-1})
         z_weight = a_before.sqrt() * beta / (1 - a)
         x_weight = (1 - beta).sqrt() * (1 - a_before) / (1 - a)
         mean = z_weight.float() * z + x_weight.float() * x_t
 
-        variance = beta * (1 - a_before) / (1 - a)                 # of the posterior
+        variance = beta * (1 - a_before) / (1 - a)  # of the posterior
         # At t = 0 it is 0, which has no logarithm: that of t = 1 takes its place.
         a_0, a_1 = self.alpha_bar[:2]
         variance = variance.clamp_min((1 - a_1 / a_0) * (1 - a_0) / (1 - a_1))
@@ -531,10 +527,10 @@ class DiffusionHead(TimeNet):
         The first is the squared error of the predicted noise. The second is the KL divergence of
         the step back, in bits. It trains the variance alone: there the predicted noise is detached.
         """
-        a = self.alpha_bar[t][..., None]                           # (..., 1)
+        a = self.alpha_bar[t][..., None]                 # (..., 1)
         a_before = F.pad(self.alpha_bar, (1, 0), value=1.0)[t][..., None]
         x_t = a.sqrt().float() * z + (1 - a).sqrt().float() * noise
-        predicted, v = self(x_t, t, h).chunk(2, dim=-1)            # (..., L) each
+        predicted, v = self(x_t, t, h).chunk(2, dim=-1)  # (..., L) each
         squared_error = (noise - predicted).square().mean(-1)
 
         # The step back: as the network makes it, and as it is in truth.
@@ -550,8 +546,8 @@ class DiffusionHead(TimeNet):
 
     def loss(self, h, mean, log_std):
         """The sum of both terms, as the authors do, at N random times per position -> (P,)."""
-        z = posterior_samples(mean, log_std, self.config.num_samples)     # (N, P, L)
-        t = torch.randint(1000, z.shape[:2], device=z.device)      # (N, P)
+        z = posterior_samples(mean, log_std, self.config.num_samples)  # (N, P, L)
+        t = torch.randint(1000, z.shape[:2], device=z.device)  # (N, P)
         squared_error, bits = self.terms(z, torch.randn_like(z), t, h)
         return (squared_error + bits).mean(0)
 
@@ -561,11 +557,11 @@ class DiffusionHead(TimeNet):
         shape = (n, *h.shape[:-1], self.config.latent_dim)
         x = torch.randn(shape, device=h.device) if noise is None else noise
         steps = torch.linspace(999, 0, self.config.num_evals or 100).round().long()
-        a = F.pad(self.alpha_bar[steps], (0, 1), value=1.0)        # at the end x is z
+        a = F.pad(self.alpha_bar[steps], (0, 1), value=1.0)  # at the end x is z
         for i, step in enumerate(steps):
             t = step.to(h.device).expand(shape[:-1])
             predicted, v = self(x, t, h).chunk(2, dim=-1)
-            z = self.predict_z(x, predicted, a[i]).clamp(-10, 10)     # t = 999 divides by 5e-5
+            z = self.predict_z(x, predicted, a[i]).clamp(-10, 10)  # t = 999 divides by 5e-5
             x, log_variance = self.step_back(z, x, v, a[i], a[i + 1])
             if i + 1 < len(steps):
                 x = x + (log_variance / 2).exp() * torch.randn_like(x)
@@ -581,11 +577,9 @@ HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
 def flops_per_token(config, autoencoder_config=None):
     """FLOPs per token as the paper counts them (table 1) -> {"train": x, "inference": x}.
 
-    config: an AutoencoderConfig, an ARConfig, or a CALMConfig with the config of its autoencoder.
-
-    A multiply-add is two FLOPs. Attention counts as if every position saw the whole context.
-    Training costs three forward passes. What a chunk costs is shared by its K tokens. Inference is
-    at T = 1, with one sample per chunk.
+    config: an AutoencoderConfig, an ARConfig, or a CALMConfig with that of its autoencoder. A
+    multiply-add is two FLOPs. Attention counts as if every position saw the whole context.
+    Training costs three forward passes. Inference is at temperature 1: one sample per chunk.
     """
     with torch.device("meta"):   # tensors of shapes without numbers: nothing is computed
         if isinstance(config, AutoencoderConfig):
@@ -599,7 +593,7 @@ def flops_per_token(config, autoencoder_config=None):
 
         encode, decode = autoencoder_flops(autoencoder_config)
         model = CALM(config, Autoencoder(autoencoder_config)).to("meta")
-        context = config.block_size * config.chunk_size            # in tokens
+        context = config.block_size * config.chunk_size  # in tokens
         hidden = count_flops(model.hidden, torch.zeros(1, context).long()) / context
         aux = 0.0
         if config.aux_weight > 0:

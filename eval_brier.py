@@ -39,9 +39,9 @@ def hit_and_collision(samples, targets):
     samples = samples[..., :4]
     targets = targets[..., :4]
     # The cumulative product over tokens is 1 as long as all tokens so far are equal.
-    hit = (samples == targets).cumprod(-1).float().mean(0)         # (P, 4)
+    hit = (samples == targets).cumprod(-1).float().mean(0)  # (P, 4)
     pairs = sum((a == samples).cumprod(-1).sum(0) for a in samples)   # (P, 4), one a at a time
-    return hit, (pairs - S) / (S * (S - 1))                        # without a sample and itself
+    return hit, (pairs - S) / (S * (S - 1))                 # without a sample and itself
 
 
 def brier_ngram(samples, targets):
@@ -62,16 +62,16 @@ def sample_ngrams(model, tokens, starts, S, **sampling):
     """Draw S n-grams of four tokens at each start, given the window before it: tokens (B, W),
     starts are positions in the window, multiples of K -> (S, B, len(starts), 4)."""
     K = model.chunk_size
-    steps = math.ceil(4 / K)                                       # chunks in an n-gram
+    steps = math.ceil(4 / K)                                   # chunks in an n-gram
     cache = KVCache(model.config.block_size)
-    hidden = model.hidden(tokens[:, :-K].repeat(S, 1), cache)      # (S*B, W/K - 1, D)
+    hidden = model.hidden(tokens[:, :-K].repeat(S, 1), cache)  # (S*B, W/K - 1, D)
     ngrams = []
     # From the last start to the first: the cache after a start is overwritten by what the model
     # draws there, and an earlier start does not look at it.
     for start in reversed(starts):
         cache.length = start // K
-        h = hidden[:, start // K - 1]                              # it predicts the chunk at start
-        drawn = [next_chunks(model, h, **sampling)[0]]             # (S*B, K)
+        h = hidden[:, start // K - 1]                          # it predicts the chunk at start
+        drawn = [next_chunks(model, h, **sampling)[0]]         # (S*B, K)
         for _ in range(steps - 1):
             h = model.hidden(drawn[-1], cache)[:, -1]
             drawn.append(next_chunks(model, h, **sampling)[0])
@@ -93,9 +93,8 @@ def evaluate(model, data, machine, windows=375, stride=None, context=None, S=4, 
     """Score n-grams all over the validation split -> results (dict), and what they rest on, a
     row for each document (documents, 9): how many n-grams begin in it, their hits and collisions.
 
-    windows: as many, spread evenly, of `context` tokens. stride: from one n-gram to the next.
-    With the same stride and context all models are scored at the same n-grams. S: samples of
-    each. sampling: arguments of `next_chunks`.
+    windows: how many, of `context` tokens. stride: from one n-gram to the next. With the same
+    stride and context all models are scored at the same n-grams. S: samples of each.
     """
     K = model.chunk_size
     stride = stride or default_stride(K)
@@ -109,12 +108,12 @@ def evaluate(model, data, machine, windows=375, stride=None, context=None, S=4, 
         tokens = data.batch("val", offsets[i:i + batch_size], context).to(machine.device)
         with machine.autocast():
             samples = sample_ngrams(model, tokens, starts, S, **sampling)
-        targets = tokens.unfold(1, 4, 1)[:, list(starts)]          # (B, starts, 4)
+        targets = tokens.unfold(1, 4, 1)[:, list(starts)]  # (B, starts, 4)
         hit, collision = hit_and_collision(samples.flatten(1, 2), targets.flatten(0, 1))
         scores.append(torch.cat([torch.ones_like(hit[:, :1]), hit, collision], dim=1).cpu())
 
     numbers = data.document_numbers((offsets[:, None] + np.array(starts)).ravel())
-    _, document = np.unique(numbers, return_inverse=True)          # of each n-gram, from 0 on
+    _, document = np.unique(numbers, return_inverse=True)  # of each n-gram, from 0 on
     rows = np.zeros((document.max() + 1, 9))
     np.add.at(rows, document, torch.cat(scores).double().numpy())
     return summary(rows) | {"samples": S, "context": context, "stride": stride}, rows
@@ -127,8 +126,8 @@ def bootstrap(rows):
     documents = len(rows)
     each = np.full(documents, 1 / documents)
     drawn = np.random.default_rng(0).multinomial(documents, each, size=1000)
-    weights = np.concatenate([np.ones((1, documents)), drawn])     # how often each document counts
-    sums = weights @ rows                                          # (1001, 9)
+    weights = np.concatenate([np.ones((1, documents)), drawn])  # how often each document counts
+    sums = weights @ rows                                       # (1001, 9)
     means = sums[:, 1:] / sums[:, :1]
     return means[:, :4], means[:, 4:]
 
@@ -142,11 +141,10 @@ def with_error(values, valid=True):
 
 def summary(rows):
     hit, collision = bootstrap(rows)
-    brier = 2 * hit - collision                                    # (1001, 4)
+    brier = 2 * hit - collision  # (1001, 4)
     score, error = with_error(brierlm(brier), valid=brier > 0)
     return {"brierlm": score, "stderr": error, "brier": brier[0].tolist(),
-            # geometric means over n, as BrierLM is one
-            "accuracy": float(brierlm(hit[0])) / 100,
+            "accuracy": float(brierlm(hit[0])) / 100,   # a geometric mean over n, too
             "collision": float(brierlm(collision[0])) / 100,
             "documents": len(rows), "positions": int(rows[:, 0].sum())}
 
@@ -157,7 +155,7 @@ def difference(rows, other_rows):
     others, for both. The bootstrap draws the same ones for both, so this cancels in the error."""
     hit, collision = bootstrap(rows)
     other_hit, other_collision = bootstrap(other_rows)
-    one = 2 * hit - collision                                      # Brier-1..4, (1001, 4)
+    one = 2 * hit - collision  # Brier-1..4, (1001, 4)
     other = 2 * other_hit - other_collision
     valid = (one > 0) & (other > 0)
     found = {f"Brier-{n + 1}": with_error(one[:, n] - other[:, n]) for n in range(4)}
@@ -176,7 +174,7 @@ def describe(result):
             f"{result['stride']} tokens in windows of {result['context']}, {result['samples']} "
             "samples each")
     if result["brierlm"] == 0:
-        text += "\nA Brier-n is not above 0: it is too early to compare."
+        text += "\nA Brier-n is not above 0: too early to compare."
     return text
 
 
@@ -190,13 +188,13 @@ def plus_minus(value, error):
 
 def distinct(texts, n=4):
     """The share of different n-grams among all n-grams of texts (B, length)."""
-    ngrams = texts.unfold(1, n, 1).flatten(0, 1)                   # (B * (length - n + 1), n)
+    ngrams = texts.unfold(1, n, 1).flatten(0, 1)  # (B * (length - n + 1), n)
     return len(ngrams.unique(dim=0)) / len(ngrams)
 
 
 def bits_per_token(judge, texts, begin):
-    """The mean of -log2 p(token | all before it) from token `begin` of texts (B, length) on, for
-    an AR model as the judge: text that is unlike any real one is expensive."""
+    """The mean of -log2 p(token | all before it), by an AR model, over texts (B, length) from
+    token `begin` on. Text that is unlike any real one is expensive."""
     nats = 0.0
     for text in texts:   # one at a time: the logits of a large vocabulary take gigabytes
         logits = judge.lm_head(judge.hidden(text[None, :-1])[0, begin - 1:]).float()
@@ -209,7 +207,7 @@ def read_texts(model, judge, data, machine, texts=64, seed=0, **sampling):
     """Held-out beginnings, as they go on in truth and as the model continues them
     -> {"real": ..., "model": ...}, with distinct-4 and, if there is a judge, bits per token."""
     K = model.chunk_size
-    length = min(max(320, 5 * K), model.config.block_size * K)     # of which a fifth is given
+    length = min(max(320, 5 * K), model.config.block_size * K)  # of which a fifth is given
     begin = max(length // 5 // K, 1) * K
     real = data.batch("val", data.even_offsets(texts, length), length).to(machine.device)
     seed_noise(seed)
@@ -226,7 +224,7 @@ def read_texts(model, judge, data, machine, texts=64, seed=0, **sampling):
 # --- Run it --------------------------------------------------------------------------------
 
 
-def parse_args():
+def main():
     parser = argparse.ArgumentParser(description="BrierLM of a model, with its error.")
     add_model_flags(parser)
     add = parser.add_argument
@@ -234,28 +232,24 @@ def parse_args():
     add("--windows", type=int, default=375, help="how many, spread evenly over the held-out text")
     add("--num_draws", type=int, default=4, help="S: samples of each n-gram")
     add("--stride", type=int, help="tokens from one n-gram's start to the next; default 16")
-    add("--against", metavar="RUN", help="another run, or its calm.pt or ar.pt: is it better?")
+    add("--against", metavar="RUN", help="compare with another run, or its calm.pt or ar.pt")
     add("--judge", metavar="RUN", help="whose ar.pt reads the text; by default that in --out_dir")
     add("--json", action="store_true", help="end with one JSON object on a line")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     sampling = sampling_of(args)
     machine = Machine(args.device, args.dtype)
     model, checkpoint = load(args, machine)
     if not (args.data or checkpoint):
         raise SystemExit("--official needs --data, prepared with the model's tokenizer")
     data = TokenData(args.data or checkpoint["data"]["name"])
+    if not args.data:
+        check_text(checkpoint, data)
     other = model
     if args.against:
         path = Path(args.against)
         path = path if path.suffix == ".pt" else path / f"{args.model}.pt"
         other, other_checkpoint = load_model(path.parent, path.stem)
         check_text(other_checkpoint, data)
-    if checkpoint and not args.data:
-        check_text(checkpoint, data)
     K = math.lcm(model.chunk_size, other.chunk_size)
     stride = args.stride or default_stride(K)
     if stride % K != 0:

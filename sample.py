@@ -8,8 +8,7 @@ A softmax is sharpened by dividing its logits by a temperature. CALM has no logi
 But n samples are all the same chunk x with probability p(x)^n: if they are, x is a draw at
 temperature 1/n. A low temperature is a matter of drawing more, and of keeping what repeats.
 
-Shapes: B texts, K tokens in a chunk, D width of h, N candidates. p is the model's distribution
-over chunks, given what came before.
+Shapes: B texts, K tokens in a chunk, D width of h, N candidates. p: the law of the next chunk.
 """
 import argparse
 import itertools
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from calm import AR, CALM, ARConfig, CALMConfig, KVCache
-from data.machine import Machine, load_checkpoint
+from data.machine import DTYPES, Machine, load_checkpoint
 from data.prepare import DEFAULT_DATA, border_token, get_tokenizer
 from data.published import read_official
 
@@ -40,7 +39,6 @@ def temperature_exact(samples, temperature):
     then x is a draw from p^n. The loop over i keeps it with probability p(x)^a. (With q = 1 -
     p(x), it reaches sample i with probability q^(i-1) prod_{j<i} (1 - a/j). By the binomial
     series these sum to (1 - q)^(a-1) = p(x)^(a-1); each sample is x with probability p(x).)
-
     It takes few samples where one chunk is likely, and millions where none is (theorem 2).
     """
     n = math.floor(1 / temperature)
@@ -77,16 +75,16 @@ def temperature_batch(samples, temperature):
     function G and s = 1/temperature. It is positive for counts c from floor(s) on; smaller ones
     get no weight.
     """
-    key = samples[..., 0]                                          # a hash of each chunk
+    key = samples[..., 0]                                   # a hash of each chunk
     for token in samples.unbind(-1)[1:]:
         key = key * 1_000_003 + token
     # How often the chunk of each candidate is there. (All pairs at once would take gigabytes.)
-    c = sum((key == x).long() for x in key).cpu().double()         # (N, batch)
-    s = c.amax(0).clamp_max(1 / temperature)                       # (batch,)
-    log_C = (c + 1).lgamma() - (c - s + 1).lgamma()                # G(s + 1) is the same for all
+    c = sum((key == x).long() for x in key).cpu().double()  # (N, batch)
+    s = c.amax(0).clamp_max(1 / temperature)                # (batch,)
+    log_C = (c + 1).lgamma() - (c - s + 1).lgamma()         # G(s + 1) is the same for all
     log_C = log_C.masked_fill(c < s.floor(), -math.inf)
-    log_weight = log_C - c.log()                                   # shared by a chunk's c copies
-    pick = torch.multinomial(log_weight.softmax(0).T, 1).squeeze(1)    # (batch,)
+    log_weight = log_C - c.log()                            # shared by a chunk's c copies
+    pick = torch.multinomial(log_weight.softmax(0).T, 1).squeeze(1)  # (batch,)
     return samples[pick, torch.arange(samples.shape[1])]
 
 
@@ -100,13 +98,13 @@ def next_chunks(model, h, n=1, temperature=1.0, num_candidates=64, exact=False, 
         return model.sample_chunks(h, n, temperature)
     if temperature == 1:
         return model.sample_chunks(h, n, noise_scale)
-    h = h.repeat(n, 1)                                             # (n*B, D)
+    h = h.repeat(n, 1)                                  # (n*B, D)
     if exact:
         streams = [endless_samples(model, row, noise_scale) for row in h]
         tokens = [temperature_exact(samples, temperature) for samples in streams]
-        tokens = torch.tensor(tokens, device=h.device)             # (n*B, K)
+        tokens = torch.tensor(tokens, device=h.device)  # (n*B, K)
     else:
-        samples = model.sample_chunks(h, num_candidates, noise_scale)     # (N, n*B, K)
+        samples = model.sample_chunks(h, num_candidates, noise_scale)  # (N, n*B, K)
         tokens = temperature_batch(samples, temperature)
     return tokens.unflatten(0, (n, -1))
 
@@ -137,27 +135,26 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, eot=None, progress=
     """Continue prompt (B, length) -> it and more, (B, length + max_new_tokens). A text that
     outgrows the context goes on with the last half of it.
 
-    eot: what fills up a prompt shorter than a chunk. sampling: arguments of `next_chunks`.
+    eot: fills up a prompt shorter than a chunk. sampling: arguments of `next_chunks`.
     """
     K = model.chunk_size
-    block_size = model.config.block_size                           # the context, in chunks
+    block_size = model.config.block_size  # the context, in chunks
     cache = KVCache(block_size)
     text = whole_chunks(prompt, K, eot)
-    unread = text[:, -block_size * K:]                             # what is not in the cache yet
+    unread = text[:, -block_size * K:]    # what is not in the cache yet
     new = []
     for _ in tqdm(range(0, max_new_tokens, K), desc="write", unit="chunk", disable=not progress):
         if cache.length == block_size:
             cache.length = 0
             unread = torch.cat([text, *new], dim=1)[:, -max(block_size // 2, 1) * K:]
-        h = model.hidden(unread, cache)                            # (B, chunks of `unread`, D)
-        unread = next_chunks(model, h[:, -1], temperature=temperature, **sampling)[0]    # (B, K)
+        h = model.hidden(unread, cache)   # (B, chunks of `unread`, D)
+        unread = next_chunks(model, h[:, -1], temperature=temperature, **sampling)[0]  # (B, K)
         new.append(unread)
     return torch.cat([prompt, *new], dim=1)[:, :prompt.shape[1] + max_new_tokens]
 
 
 def show(tokenizer, ids, chunk_size=None):
-    """List of ids -> text, up to the first border token. chunk_size: with a bar before each
-    chunk. What is not UTF-8 becomes a replacement character."""
+    """List of ids -> text, up to the first border token. chunk_size: with a bar before each."""
     border = border_token(tokenizer)
     if border in ids:
         ids = ids[:ids.index(border)]
@@ -195,9 +192,9 @@ def load_official(folder):
 
 def load(args, machine):
     """The model that the flags below name -> model on its device, checkpoint (None: published)."""
-    checkpoint = None
     if args.official:
         model = load_official(args.official)
+        checkpoint = None
     else:
         model, checkpoint = load_model(args.out_dir, args.model)
     return cast_matrices(model.to(machine.device), machine.dtype), checkpoint
@@ -209,7 +206,7 @@ def cast_matrices(model, dtype):
         if isinstance(module, nn.Linear):
             module.to(dtype)
     if isinstance(model, CALM):
-        model.autoencoder.encoder.embed_tokens.to(dtype)           # the decoder's last matrix
+        model.autoencoder.encoder.embed_tokens.to(dtype)  # the decoder's last matrix
     return model
 
 
@@ -225,15 +222,14 @@ def add_model_flags(parser):
     add = parser.add_argument
     add("--out_dir", default=f"out/{DEFAULT_DATA}", help="the run's folder")
     add("--model", default="calm", choices=("calm", "ar"), help="which of its models")
-    add("--official", metavar="DIR", help="a model that the authors published, in place of a run")
+    add("--official", metavar="DIR", help="a published model in place of a run")
     add("--temperature", type=float, default=1.0, help="in (0, 1]")
     add("--num_candidates", type=int, default=64, help="of Algorithm 2, a chunk, below 1")
     add("--exact", action="store_true", help="Algorithm 1 in its place: as many as it takes")
     add("--noise", type=float, default=1.0, help="of the energy head: less is likelier, for free")
     add("--seed", type=int, default=0, help="of the samples: same seed, same text")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="precision of matrix products")
+    add("--dtype", default="auto", choices=DTYPES, help="precision of matrix products")
 
 
 def sampling_of(args):
@@ -276,10 +272,9 @@ def main():
     with machine.autocast():
         texts = generate(model, prompt, args.max_new_tokens, eot=border_token(tokenizer),
                          progress=True, **sampling)
+    chunk_size = model.chunk_size if args.chunks else None
     for text in texts[:, len(ids):].tolist():
-        print(start + show(tokenizer, text, model.chunk_size if args.chunks else None))
-        if args.texts > 1:
-            print("-" * 80)
+        print(start + show(tokenizer, text, chunk_size))
 
 
 if __name__ == "__main__":

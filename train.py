@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from autoencoder import Autoencoder, AutoencoderConfig
 from calm import AR, CALM, HEADS, ARConfig, CALMConfig, EnergyHead, flops_per_token
-from data.machine import Machine, load_checkpoint, save_checkpoint, seed_noise
+from data.machine import DTYPES, Machine, load_checkpoint, save_checkpoint, seed_noise
 from data.prepare import DEFAULT_DATA, TokenData
 from eval_brier import default_stride, describe, evaluate
 from sample import check_text, generate, load_model, load_official, show
@@ -68,7 +68,7 @@ PRESETS = {
     # Two cores of a laptop, in eight to ten minutes.
     "nano": (SMALL_AUTOENCODER | dict(max_steps=350),
              SMALL | dict(n_layer=4, n_embd=128, n_head=2, n_ff=344, block_size=128,
-                          n_noise=16, alpha=0.25, lr=2e-2, batch_size=4, max_steps=5000)),
+                          n_noise=16, alpha=0.25, lr=2e-2, batch_size=4, max_steps=5500)),
     # One GPU: meant for ten minutes, not yet timed from start to end.
     "mini": (SMALL_AUTOENCODER | dict(max_steps=2000),
              SMALL | dict(n_layer=8, n_embd=768, n_head=12, n_ff=2048, n_head_layer=2,
@@ -89,20 +89,18 @@ def make_parser():
     add("--model", default="calm", choices=KINDS, help="what is trained, and what flags are for")
     add("--preset", default="mini" if torch.cuda.is_available() else "nano", choices=PRESETS)
     add("--data", default=DEFAULT_DATA, help="a data set in data/; known ones are made if missing")
-    add("--out_dir", help="the run's folder, by default out/ and the name of the data")
-    add("--resume", action="store_true", help="go on from the checkpoint in out_dir, as it was set")
-    add("--init_from", metavar="DIR", help="fine-tune: begin with a run's or a published model")
+    add("--out_dir", help="the run's folder; by default out/ and the name of the data")
+    add("--resume", action="store_true", help="go on from the checkpoint in out_dir")
+    add("--init_from", metavar="DIR", help="fine-tune a run's or a published model")
     add("--flops", type=float, help="train for so many FLOPs, autoencoder included")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="precision of matrix products")
+    add("--dtype", default="auto", choices=DTYPES, help="precision of matrix products")
     add("--compile", type=int, default=int(torch.cuda.is_available()), help="1: torch.compile")
     add("--log_interval", type=int, default=10, help="steps between lines of log.jsonl")
     add("--eval_interval", type=int, default=1000, help="steps between evaluations, which save")
-    add_fields(parser, CALMConfig)
-    add_fields(parser, AutoencoderConfig)
-    add_fields(parser, TrainConfig)
+    for config in (CALMConfig, AutoencoderConfig, TrainConfig):
+        add_fields(parser, config)
     return parser
 
 
@@ -178,14 +176,14 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 same_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), matrices in same_shape.items():
-                gradient = torch.stack([p.grad for p in matrices])     # (n, rows, columns)
-                state = self.state[matrices[0]]                    # one for all of this shape
+                gradient = torch.stack([p.grad for p in matrices])  # (n, rows, columns)
+                state = self.state[matrices[0]]  # one for all of this shape
                 if not state:
                     state["average"] = torch.zeros_like(gradient)
                 average = state["average"].lerp_(gradient, 1 - group["momentum"])
                 nesterov = gradient.lerp(average, group["momentum"])
                 update = self.orthogonal(nesterov.to(self.dtype)).type_as(gradient)
-                update *= group["lr"] * max(1, rows / columns) ** 0.5      # Jordan's scale
+                update *= group["lr"] * max(1, rows / columns) ** 0.5  # Jordan's scale
                 for p, change in zip(matrices, update):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change)
 
@@ -196,24 +194,21 @@ def orthogonal(g):
     A step takes every singular value s to a s + b s^3 + c s^5. The numbers of each step are those
     of Polar Express (Amsel et al., 2025): they take all s from 0.002 to 1 to between 0.18 and 1.87.
     """
-    x = g / (1.01 * g.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7))     # so that s is below 1
+    x = g / (1.01 * g.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7))  # so that s is below 1
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     for a, b, c in ((8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484),
                     (3.94869, -2.90890, 0.55182)):
-        square = x @ x.mT                                          # the smaller of the two products
+        square = x @ x.mT  # the smaller of the two products
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
 
 
 def make_optimizers(model, config, dtype=torch.float32, compiled=False):
-    """AdamW and, if config.optimizer says so, Muon for the matrices -> list.
-
-    Not Muon's are matrices with a row for each token of the vocabulary: the input of CALM and AR,
-    the output of AR and of the auxiliary loss, the autoencoder's embedding. (Jordan leaves all
-    first and last matrices to AdamW.) dtype: of Muon's own products.
-    """
+    """AdamW and, if config.optimizer says so, Muon for the matrices -> list. Muon leaves to AdamW
+    those with a row for each token: embeddings, the outputs of AR and of the auxiliary loss.
+    (Jordan leaves all first and last matrices to AdamW.) dtype: of Muon's own products."""
     of_tokens = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")
     muon = config.optimizer == "muon"
     matrices = []
@@ -225,14 +220,12 @@ def make_optimizers(model, config, dtype=torch.float32, compiled=False):
             others.append(p)
         else:
             matrices.append(p)
-    groups = [dict(params=others, weight_decay=0.0)]
-    if not muon:
-        groups.append(dict(params=matrices))
-    adamw = torch.optim.AdamW(groups, config.lr, (0.9, 0.95), 1e-8, config.weight_decay, fused=True)
-    optimizers = [adamw]
+    decay = config.weight_decay
+    groups = [dict(params=others, weight_decay=0.0), dict(params=[] if muon else matrices)]
+    adamw = torch.optim.AdamW(groups, config.lr, (0.9, 0.95), 1e-8, decay, fused=True)
     if muon:
-        optimizers.append(Muon(matrices, config.muon_lr, config.weight_decay, dtype, compiled))
-    return optimizers
+        return [adamw, Muon(matrices, config.muon_lr, decay, dtype, compiled)]
+    return [adamw]
 
 
 def set_rates(optimizers, step, config):
@@ -246,15 +239,13 @@ def set_rates(optimizers, step, config):
             group["lr"] = factor * peak
 
 
-# --- One step ------------------------------------------------------------------------------
+# --- One step, and the loop over steps -----------------------------------------------------
 
 
 def micro_batches(data, seed, machine, kind, step, config, length):
     """This process's share of a step's micro-batches -> tokens (batch_size, length), one by one.
-
-    Windows begin at any token of the text, so the borders of chunks fall anywhere. Each
-    micro-batch seeds torch anew: its noise is the same on any number of processes.
-    """
+    Windows begin at any token, so the borders of chunks fall anywhere. Each micro-batch seeds
+    torch anew: its noise is the same on any number of processes."""
     stage = KINDS.index(kind)
     B = config.batch_size
     offsets = data.random_offsets(config.grad_accum * B, length, (seed, stage, step))
@@ -308,18 +299,15 @@ def validate(kind, model, data, machine, batch_size, length):
     return found
 
 
-# --- The loop ------------------------------------------------------------------------------
-
-
-def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
-    """Train a model to its last step, from its checkpoint on if there is one -> training FLOPs.
-    spent: those of earlier stages, which are included."""
+def plan(kind, model, args, data, machine, checkpoint, spent):
+    """How a stage is trained -> its TrainConfig, tokens in a window, tokens and FLOPs of a step."""
     config = config_of(TrainConfig, args, kind)
     if checkpoint and kind != args.model:   # an autoencoder on the way keeps its own settings
         config = TrainConfig(**checkpoint["train_config"])
     if config.grad_accum % machine.size != 0:
         raise SystemExit(f"{kind}: --grad_accum {config.grad_accum} must be a multiple of the "
                          f"{machine.size} processes, which share the micro-batches of a step")
+
     # A window has a context to read and, at its end, tokens that are only predicted.
     length = args.context + {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[kind]
     data.check_length("train", length)
@@ -331,8 +319,15 @@ def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
     if args.flops and kind == args.model:
         config.max_steps = max(1, round((args.flops - spent) / step_flops))
         args.max_steps = config.max_steps
-        args.flops = None   # which a resumed run would take for a flag given now
+        args.flops = None   # a resumed run goes by max_steps
+    return config, length, tokens_per_step, step_flops
 
+
+def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
+    """Train a model to its last step, from its checkpoint on if there is one -> training FLOPs.
+    spent: those of earlier stages, which are included."""
+    config, length, tokens_per_step, step_flops = plan(kind, model, args, data, machine,
+                                                       checkpoint, spent)
     model.to(machine.device).train()
     compiled = args.compile and kind == args.model   # an autoencoder on the way is too short
     optimizers = make_optimizers(model, config, machine.dtype, compiled)
@@ -374,10 +369,9 @@ def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
         if not math.isfinite(entry["loss"]):
             raise SystemExit(f"{kind}: the loss is {entry['loss']} at step {step}: lower --lr")
         if evaluating:
-            save(model, kind, args, data, {
-                "optimizers": [optimizer.state_dict()["state"] for optimizer in optimizers],
-                "scaler": scaler.state_dict(), "train_config": asdict(config), "step": step,
-                "flops": entry["flops"], "spent": spent})
+            states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+            save(model, kind, args, data, step=step, flops=entry["flops"], spent=spent,
+                 train_config=asdict(config), optimizers=states, scaler=scaler.state_dict())
             found = validate(kind, model, data, machine, config.batch_size, length)
             entry |= found
             shown = [f"{name} {value:.4g}" for name, value in found.items() if value is not None]
@@ -386,15 +380,13 @@ def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
     return spent + config.max_steps * step_flops
 
 
-def save(model, kind, args, data, state):
-    """Write a checkpoint: the model, its data, the settings, and the state of training."""
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("out_dir", "resume", "init_from")}
-    checkpoint = {"config": asdict(model.config), "model": model.state_dict(), "data": data.meta,
-                  "settings": settings, **state}
+def save(model, kind, args, data, **state):
+    """Write a checkpoint: the model, its text, the settings, and the state of training."""
+    state |= {"config": asdict(model.config), "model": model.state_dict(), "data": data.meta,
+              "settings": {**vars(args), "out_dir": None}}
     if kind == "calm":
-        checkpoint["autoencoder_config"] = asdict(model.autoencoder.config)
-    save_checkpoint(args.out_dir / f"{kind}.pt", checkpoint)
+        state["autoencoder_config"] = asdict(model.autoencoder.config)
+    save_checkpoint(args.out_dir / f"{kind}.pt", state)
 
 
 # --- All of it: autoencoder, then CALM or AR, then BrierLM and text ------------------------
@@ -433,30 +425,14 @@ def get_model(kind, args, data, autoencoder=None):
         raise SystemExit(f"these sizes do not fit: {error}")
 
 
-def train_all(args, data, machine):
-    """Both stages, or the one of AR -> the model, training FLOPs."""
-    if args.model != "calm" or args.init_from or (args.out_dir / "calm.pt").exists():
-        model, checkpoint = get_model(args.model, args, data)      # CALM has its autoencoder inside
-        spent = checkpoint["spent"] if checkpoint else 0.0
-        return model, train(args.model, model, args, data, machine, checkpoint, spent)
-
-    autoencoder, checkpoint = get_model("autoencoder", args, data)
-    model, _ = get_model("calm", args, data, autoencoder)          # now, to see if the sizes fit
-    autoencoder.requires_grad_(True)
-    spent = train("autoencoder", autoencoder, args, data, machine, checkpoint)
-    autoencoder.requires_grad_(False)
-    return model, train("calm", model, args, data, machine, spent=spent)
-
-
 def finish(model, args, data, machine, flops):
     """Print BrierLM, and a held-out text as the model continues it in two ways."""
-    model.eval()
-    result, _ = evaluate(model, data, machine, progress=True)
+    result, _ = evaluate(model.eval(), data, machine, progress=True)
+    print(f"\n{describe(result)}\ntraining took {flops:.3e} FLOPs")
     with open(args.out_dir / "log.jsonl", "a") as log:
         print(json.dumps({"stage": args.model, "flops": flops, "final": True, **result}), file=log)
-    print(f"\n{describe(result)}\ntraining took {flops:.3e} FLOPs")
 
-    offset = data.even_offsets(2, args.context)[-1:]        # in the middle of the split
+    offset = data.even_offsets(2, args.context)[-1:]  # in the middle of the split
     prompt = data.batch("val", offset, max(args.context // 4, 1)).to(machine.device)
     print(f"--- held-out text {'-' * 60}\n{data.tokenizer.decode(prompt[0].tolist())}")
     ways = {"temperature 1": {}, "--temperature 0.5": {"temperature": 0.5}}
@@ -478,14 +454,25 @@ def main():
     data = TokenData(args.data)
     if args.context < default_stride(args.chunk_size) + max(4, args.chunk_size):
         raise SystemExit(f"--block_size {args.block_size} is too short a context for BrierLM")
+
     try:
-        model, flops = train_all(args, data, machine)
+        if args.model == "calm" and not args.init_from and not (args.out_dir / "calm.pt").exists():
+            autoencoder, checkpoint = get_model("autoencoder", args, data)
+            model, _ = get_model("calm", args, data, autoencoder)   # now, to see if sizes fit
+            autoencoder.requires_grad_(True)
+            flops = train("autoencoder", autoencoder, args, data, machine, checkpoint)
+            autoencoder.requires_grad_(False)
+            flops = train("calm", model, args, data, machine, spent=flops)
+        else:   # a single stage, or a CALM that has its autoencoder inside
+            model, checkpoint = get_model(args.model, args, data)
+            spent = checkpoint["spent"] if checkpoint else 0.0
+            flops = train(args.model, model, args, data, machine, checkpoint, spent)
         if args.model != "autoencoder" and machine.is_first:
             finish(model, args, data, machine, flops)
     except KeyboardInterrupt:
         saved = {path.stem: load_checkpoint(path)["step"] for path in args.out_dir.glob("*.pt")}
-        raise SystemExit(f"\nstopped. `python train.py --resume --model {args.model} --data "
-                         f"{args.data} --out_dir {args.out_dir}` goes on from steps {saved}")
+        raise SystemExit(f"\nstopped; saved are the steps {saved}. To go on: python train.py "
+                         f"--resume --model {args.model} --out_dir {args.out_dir}")
     machine.barrier()   # none leaves before the others
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")   # of --dtype
+
 
 class Machine:
     """Where a program computes, and which process of a run it is: the only one, or one of many."""

@@ -6,8 +6,7 @@ Text to tokens on disk, data/<name>/{train.bin, val.bin, meta.json}, and from th
     python data/prepare.py notes/ book.txt --name mine --tokenizer gpt2        # your own text
 
 A text becomes documents. Each is held out for validation or not by a hash of its own bytes,
-so that adding a file moves no other. On disk a border token stands before each document.
-Nothing here is needed to understand CALM.
+so that adding a file moves no other. Nothing here is needed to understand CALM.
 """
 import argparse
 import base64
@@ -40,22 +39,24 @@ DOWNLOADS = {
     # What the authors of CALM evaluate on: all of it is held out.
     "wikitext103-test": f"{GITHUB}/shaochenze/calm/main/data/wikitext_document_level-test.json",
 }
-PYTHON = ("stdlib", "site-packages")   # the source code of this Python
+# The source code of this Python: its library alone, or with all that is installed. Without tests,
+# and what flatters BrierLM: generated tables, and copies, which would be in both splits.
+PYTHON = {"stdlib": ["stdlib"], "site-packages": ["stdlib", "purelib"]}
+NOT_READ = {"test", "tests", "idlelib", "encodings", "artifacts", "serialized_patterns", "_vendor",
+            "vendor", "vendored", "extern", "_distutils", "site-packages", "dist-packages"}
 KNOWN = (*PYTHON, *DOWNLOADS)
 
 
 # --- Tokenizers: each is a tiktoken.Encoding -----------------------------------------------
 
-# Llama 3's pattern: contractions, words, numbers of up to three digits, punctuation, blanks.
+# Where Llama 3 splits: contractions, words, numbers of up to three digits, punctuation, blanks.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def get_tokenizer(name):
     """`bytes`, a tiktoken name (gpt2, o200k_base, ...), or a tiktoken-format file -> Encoding.
-
-    A file is read as Llama 3's: its split pattern, and 256 special tokens behind the ranks.
-    """
+    A file is read as Llama 3's: its pattern, and 256 special tokens behind the ranks."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks,
@@ -64,8 +65,8 @@ def get_tokenizer(name):
         # (tiktoken.load would keep a copy of the file, and read that even if the file is new.)
         pairs = [line.split() for line in Path(name).read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        special = ["<|begin_of_text|>", "<|end_of_text|>"]
-        special += [f"<|reserved_{i}|>" for i in range(254)]
+        reserved = [f"<|reserved_{i}|>" for i in range(254)]
+        special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved]
         ids = {token: len(ranks) + i for i, token in enumerate(special)}
         return tiktoken.Encoding(Path(name).name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
                                  special_tokens=ids)
@@ -73,7 +74,7 @@ def get_tokenizer(name):
         return tiktoken.get_encoding(name)   # which downloads it the first time
     except Exception as error:   # of many kinds
         raise SystemExit(f"no tokenizer {name!r} ({type(error).__name__}): expected bytes, a file, "
-                         f"or, once with a network, {', '.join(tiktoken.list_encoding_names())}")
+                         "or, with a network the first time, gpt2, o200k_base, ...")
 
 
 def border_token(tokenizer):
@@ -93,34 +94,23 @@ def tokenize(tokenizer, texts):
 
 
 def find_files(source):
-    """A known name, a file or a folder -> list of paths."""
-    if source in PYTHON:
-        return python_files(source)
+    """A known name, a file, or a folder (without what is hidden) -> list of paths."""
     if source in DOWNLOADS:
         return [download(source)]
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    found = [file for file in sorted(path.rglob("*")) if file.suffix in SUFFIXES
-             and "/." not in f"/{file.relative_to(path)}"]   # without hidden folders
+    if Path(source).is_file():
+        return [Path(source)]
+    known = source in PYTHON
+    roots = [sysconfig.get_path(name) for name in PYTHON[source]] if known else [source]
+    found = []
+    for root in roots:
+        for path in sorted(Path(root).rglob("*.py" if known else "*")):
+            parts = path.relative_to(root).parts
+            skipped = known and NOT_READ & set(parts) or any(part[0] == "." for part in parts)
+            if path.suffix in SUFFIXES and not skipped:
+                found.append(path)
     if not found:
         raise SystemExit(f"no text at {source!r}: expected {', '.join(KNOWN)}, a file, or a folder "
                          f"with {', '.join(SUFFIXES)} files")
-    return found
-
-
-def python_files(known):
-    """The .py files of this Python's standard library, for "site-packages" also of all that is
-    installed. Left out are tests, and what flatters BrierLM: generated tables, which are
-    predictable, and copies of other packages, which are in both splits."""
-    skipped = {"test", "tests", "idlelib", "encodings", "artifacts", "serialized_patterns",
-               "_vendor", "vendor", "vendored", "extern", "_distutils",
-               "site-packages", "dist-packages"}
-    found = []
-    for place in ("stdlib", "purelib") if known == "site-packages" else ("stdlib",):
-        root = Path(sysconfig.get_path(place))
-        found += [path for path in sorted(root.rglob("*.py"))
-                  if not skipped & set(path.relative_to(root).parts)]
     return found
 
 
@@ -128,16 +118,15 @@ def download(name):
     """Fetch a known text, unless it is there already -> its path."""
     url = DOWNLOADS[name]
     path = DATA_DIR / "downloads" / f"{name}{Path(url).suffix}"
-    if path.exists():
-        return path
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    try:
-        with tqdm(desc=f"download {name}", unit="B", unit_scale=True) as bar:
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        bar = tqdm(desc=f"download {name}", unit="B", unit_scale=True)
+        try:
             urllib.request.urlretrieve(url, partial, lambda block, size, total: bar.update(size))
-    except OSError as error:   # no network, or a connection that broke
-        raise SystemExit(f"could not download {url} ({error}): fetch it yourself to {path}")
-    partial.replace(path)
+        except OSError as error:   # no network, or a connection that broke
+            raise SystemExit(f"could not download {url} ({error}): fetch it yourself to {path}")
+        partial.replace(path)
     return path
 
 
@@ -164,8 +153,8 @@ def documents(path, errors):
 
 
 def sections(text, limit):
-    """Cut a text at line ends into parts of about `limit` characters. The last may be longer by
-    the length of a separator: one may have begun in it."""
+    """Cut a text at line ends into parts of about `limit` characters."""
+    # The last part may be longer, so that no separator that has begun at its end is cut.
     while len(text) > limit + len(SEPARATOR):
         end = text.rfind("\n", limit // 2, limit) + 1 or limit
         yield text[:end]
@@ -174,29 +163,26 @@ def sections(text, limit):
 
 
 def read_all(paths, tokenizer, tabs):
-    """The documents of all files as bytes, without blank ones. tabs: write four blanks as one."""
+    """The documents of all files as bytes, without blank ones. tabs: of four blanks, which else
+    were the commonest chunk of code by far, and would flatter BrierLM."""
     # For the byte tokenizer bytes that are not UTF-8 pass through a string as they are.
     errors = "surrogateescape" if tokenizer == "bytes" else "strict"
-    size = sum(path.stat().st_size for path in paths)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="prepare") as bar:
-        for path in paths:
-            try:
-                for text in documents(path, errors):
-                    bar.update(len(text))
-                    if tabs:
-                        text = text.replace("    ", "\t")
-                    if text.strip():
-                        yield text.encode(errors=errors)
-            except UnicodeDecodeError:
-                raise SystemExit(f"{path} is not UTF-8: only --tokenizer bytes takes any bytes")
+    for path in paths:
+        try:
+            for text in documents(path, errors):
+                text = text.replace("    ", "\t") if tabs else text
+                if text.strip():
+                    yield text.encode(errors=errors)
+        except UnicodeDecodeError:
+            raise SystemExit(f"{path} is not UTF-8: only --tokenizer bytes takes any bytes")
 
 
 # --- Preparing -----------------------------------------------------------------------------
 
 
 def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
-    """Tokenize known names, files and folders into data/<name>. An earlier data set there is
-    replaced when the new one is whole; a folder that is no data set is left alone."""
+    """Tokenize known names, files and folders into data/<name>. A data set that is there is
+    replaced when the new one is whole; a folder that is none is left alone."""
     enc = get_tokenizer(tokenizer)
     paths = [path for source in sources for path in find_files(source)]
     folder = DATA_DIR / (name or Path(sources[0]).resolve().stem)
@@ -204,8 +190,8 @@ def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
     ours = meta_path.exists() and "fingerprint" in meta_path.read_text()
     if any(folder.glob("*")) and not ours:
         raise SystemExit(f"{folder} is no data set: move it away, or give another --name")
-    # In code the commonest chunk by far is four blanks, which flatters BrierLM: a tab.
     texts = read_all(paths, tokenizer, tabs=sources[0] in PYTHON)
+    texts = iter(tqdm(texts, desc="prepare", unit=" documents"))
     val_fraction = 1 if sources[0] == "wikitext103-test" else val_fraction
     meta = {"tokenizer": str(Path(tokenizer).resolve()) if Path(tokenizer).is_file() else tokenizer,
             "vocab_size": enc.n_vocab, "border": border_token(enc),
@@ -251,14 +237,14 @@ class TokenData:
 
     def __init__(self, name):
         self.folder = DATA_DIR / name   # an absolute path stays what it is
-        if name in KNOWN and not (self.folder / "meta.json").is_file():
+        meta_path = self.folder / "meta.json"
+        if name in KNOWN and not meta_path.exists():
             prepare([name])
-        if not (self.folder / "meta.json").is_file():
+        if not meta_path.exists():
             raise SystemExit(f"no data set {name!r} in {DATA_DIR}: "
                              f"`python data/prepare.py SOURCE --name {name}` makes it")
-        meta = json.loads((self.folder / "meta.json").read_text())
-        self.meta = {"name": name, **meta}   # a checkpoint keeps it
-        self.tokenizer = get_tokenizer(meta["tokenizer"])
+        self.meta = {"name": name, **json.loads(meta_path.read_text())}   # a checkpoint keeps it
+        self.tokenizer = get_tokenizer(self.meta["tokenizer"])
 
     def batch(self, split, offsets, length):
         """Tokens [o, o + length) for each offset o (B,) -> int64 (B, length)."""
@@ -285,10 +271,9 @@ class TokenData:
 
     def check_length(self, split, length):
         """End the program if a split is shorter than a window."""
-        tokens = self.meta[f"{split}_tokens"]
-        if tokens < length:
-            raise SystemExit(f"too little text: {self.folder}/{split}.bin has {tokens} tokens, "
-                             f"a window {length}: prepare more, or lower --block_size")
+        if self.meta[f"{split}_tokens"] < length:
+            raise SystemExit(f"too little text: {self.folder}/{split}.bin is shorter than a window "
+                             f"of {length} tokens: prepare more, or lower --block_size")
 
 
 def main():

@@ -131,6 +131,17 @@ def test_a_document_keeps_its_split_when_others_come_and_go(data_dir, tmp_path):
     assert set(decoded("texts", "val")) == after
 
 
+def test_every_document_is_there_once(data_dir, tmp_path):
+    """They are written in batches of 256."""
+    texts = {f"document {i}" for i in range(700)}
+    (tmp_path / "many.txt").write_text("<|endoftext|>".join(sorted(texts)))
+    prepare([tmp_path / "many.txt"])
+    found = decoded("many") + decoded("many", "val")
+    assert len(found) == 700 and {document.decode() for document in found} == texts
+    meta = TokenData("many").meta
+    assert meta["documents"] == 700 and meta["val_tokens"] == len(all_tokens("many", "val"))
+
+
 def test_batches_are_the_text_at_the_offsets(trained):
     foxes = TokenData(trained / "foxes")
     tokens = np.fromfile(trained / "foxes" / "train.bin", foxes.meta["dtype"])

@@ -17,7 +17,6 @@ import bench
 import eval_brier
 import sample
 import train
-from calm import flops_per_token
 from data.machine import save_checkpoint
 from data.prepare import TokenData
 from helpers import (ALONE, SENTENCE, SHORT, TINY, assert_same_weights, checkpoint_of, log_of,
@@ -157,7 +156,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(kind, trained, 
             patch.setitem(train.PRESETS, "nano", (small, train.PRESETS["nano"][1]))
             if name == "broken":
                 stop_at(patch, kind, 13)
-                assert "goes on from steps {" in run(train, *flags, "--out_dir", out).error
+                assert f"'{kind}': 10" in run(train, *flags, "--out_dir", out).error
                 assert checkpoint_of(out, kind)["step"] == 10
                 patch.setattr(train, "micro_batches", ends.pop("plain"))
                 flags = ["--data", trained / "foxes", "--resume", "--model", model]
@@ -395,15 +394,6 @@ def test_every_field_of_a_config_is_a_flag_with_its_comment():
         for field in config.__dataclass_fields__:
             assert f"--{field} " in text or field == "vocab_size"
     assert "exponent of the energy score, in (0, 2)" in text
-
-
-def test_the_default_run_is_as_long_as_the_presets_say():
-    args = train.parse_args(["--preset", "nano"])
-    ae = train.config_of(train.AutoencoderConfig, args, "autoencoder")
-    config = train.config_of(train.CALMConfig, args, "calm")
-    steps = train.config_of(train.TrainConfig, args, "calm")
-    tokens = steps.max_steps * steps.batch_size * args.context
-    assert flops_per_token(config, ae)["train"] * tokens == pytest.approx(2.7e13, rel=0.05)
 
 
 def test_the_bench_measures_training_and_generation(run):
