@@ -198,7 +198,7 @@ def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
             "dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32"}
 
     with tempfile.TemporaryDirectory(dir=DATA_DIR) as partial:
-        meta |= write_splits(Path(partial), texts, enc, meta, val_fraction)
+        write_splits(Path(partial), texts, enc, meta, val_fraction)
         folder.mkdir(parents=True, exist_ok=True)
         meta_path.unlink(missing_ok=True)   # without it no data set is there
         for file in ("train.bin", "val.bin"):
@@ -209,9 +209,9 @@ def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
 
 
 def write_splits(folder, texts, enc, meta, val_fraction):
-    """Write documents into train.bin and val.bin as they come -> what meta.json says of them."""
-    found = {"documents": 0, "train_tokens": 0, "val_tokens": 0,
-             "fingerprint": 0}   # a checksum of all tokens
+    """Write documents into train.bin and val.bin as they come, and into meta what is said of
+    them. The fingerprint is a checksum of all tokens."""
+    meta |= {"documents": 0, "train_tokens": 0, "val_tokens": 0, "fingerprint": 0}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         while batch := list(islice(texts, 256)):
             for text, ids in zip(batch, tokenize(enc, batch)):
@@ -220,13 +220,12 @@ def write_splits(folder, texts, enc, meta, val_fraction):
                 split = "val" if fraction < val_fraction else "train"
                 written = np.concatenate([[meta["border"]], ids]).astype(meta["dtype"]).tobytes()
                 (val if split == "val" else train).write(written)
-                found["fingerprint"] = zlib.crc32(written, found["fingerprint"])
-                found[f"{split}_tokens"] += 1 + len(ids)
-                found["documents"] += 1
-    if 0 < val_fraction < 1 and 0 in found.values():
-        raise SystemExit(f"too little text: all documents ({found['documents']}) fell on one side: "
+                meta["fingerprint"] = zlib.crc32(written, meta["fingerprint"])
+                meta[f"{split}_tokens"] += 1 + len(ids)
+                meta["documents"] += 1
+    if 0 < val_fraction < 1 and 0 in (meta["train_tokens"], meta["val_tokens"]):
+        raise SystemExit(f"too little text: all documents ({meta['documents']}) fell on one side: "
                          "give more, or another --val_fraction, the share that is held out")
-    return found
 
 
 # --- Reading back --------------------------------------------------------------------------

@@ -50,9 +50,9 @@ def trained(tmp_path_factory):
         patch.setattr(data.prepare, "DATA_DIR", folder)
         data.prepare.prepare([str(folder / "foxes.txt")])
     run = [*SHORT, "--data", folder / "foxes", "--out_dir", folder / "out"]
-    muon = ["--optimizer", "muon", "--lr", 0.01, "--decay_frac", 0.5]
+    muon = ["--optimizer", "muon", "--lr", 0.01, "--decay_frac", 0.5, "--eval_interval", 60]
     for flags in (["--model", "autoencoder", "--n_embd", 128, "--max_steps", 120, *muon],
-                  ["--max_steps", 40], ["--model", "ar"]):
+                  ["--max_steps", 120, *muon], ["--model", "ar"]):
         assert call(train, [*run, *flags]) is None
     return folder
 

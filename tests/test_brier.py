@@ -4,7 +4,6 @@ Statistical claims are tested five standard errors wide.
 """
 import itertools
 import json
-import math
 
 import numpy as np
 import pytest
@@ -14,12 +13,9 @@ import eval_brier
 from data.machine import Machine
 from data.prepare import TokenData
 from eval_brier import (bits_per_token, brier_ngram, brierlm, describe, difference, distinct,
-                        evaluate, hit_and_collision, sample_ngrams, summary)
+                        evaluate, sample_ngrams, summary)
 from helpers import V, assert_unbiased, tiny_ar, tiny_calm
 from sample import generate, load_model
-
-
-# --- The score -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("S", [2, 8])
@@ -36,18 +32,6 @@ def test_brier_ngram_is_unbiased(S):
         number = (ways[:, :n] * 2 ** torch.arange(n)).sum(1)   # of each way's first n tokens
         law = torch.zeros(2 ** n).double().index_add_(0, number, p)
         assert_unbiased(found[:, n - 1], 2 * p[begins_as_y].sum() - (law ** 2).sum())
-
-
-def test_hits_and_collisions_are_counted_over_all_pairs():
-    samples = torch.randint(2, (7, 3, 4))
-    targets = torch.randint(2, (3, 4))
-    hit, collision = hit_and_collision(samples, targets)
-    for n in range(1, 5):
-        begins = [(a[:, :n] == targets[:, :n]).all(1).float() for a in samples]
-        torch.testing.assert_close(hit[:, n - 1], torch.stack(begins).mean(0))
-        same = [(a[:, :n] == b[:, :n]).all(1).float()
-                for a, b in itertools.permutations(samples, 2)]
-        torch.testing.assert_close(collision[:, n - 1], torch.stack(same).mean(0))
 
 
 @torch.no_grad()
@@ -91,9 +75,6 @@ def test_brierlm_is_the_geometric_mean_and_zero_below_zero():
     product = 0.4 * 0.2 * 0.1 * 0.05
     assert brierlm(np.array([0.4, 0.2, 0.1, 0.05])) == pytest.approx(100 * product ** 0.25)
     assert brierlm(np.array([0.4, 0.2, 0.1, -0.05])) == 0
-
-
-# --- Errors --------------------------------------------------------------------------------
 
 
 def rows_of(hits, n=1):
@@ -160,9 +141,6 @@ def test_an_evaluation_takes_no_more_windows_at_once_than_it_may(trained, monkey
     assert result["positions"] == 7 * 3 == rows[:, 0].sum()   # at tokens 16, 32 and 48
 
 
-# --- What BrierLM cannot see ---------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_text_costs_its_entropy_where_its_own_model_reads_it():
     torch.manual_seed(0)
@@ -180,9 +158,6 @@ def test_distinct_is_the_share_of_different_ngrams():
     texts = torch.tensor([[0, 1, 0, 1, 0, 1], [2, 2, 2, 2, 2, 2]])
     found = [distinct(texts, n) for n in (1, 2, 3, 4)]
     assert found == [3 / 12, 3 / 10, 3 / 8, 3 / 6]   # 01, 10, 22; 010, 101, 222; ...
-
-
-# --- python eval_brier.py ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -210,11 +185,12 @@ def test_a_score_says_what_it_was_measured_on(score):
 @pytest.mark.parametrize("model", ["calm", "ar"])
 def test_colder_samples_are_more_alike(model, score):
     """Those of CALM with less noise, too; without noise all are equal."""
-    warm = score("--model", model)["collision"]
-    cold = score("--model", model, "--temperature", 0.5, "--num_candidates", 20)["collision"]
+    flags = ["--model", model, "--windows", 20]
+    warm = score(*flags)["collision"]
+    cold = score(*flags, "--temperature", 0.5, "--num_candidates", 20)["collision"]
     assert warm < cold
     if model == "calm":
-        less, none = (score("--noise", noise)["collision"] for noise in (0.3, 0))
+        less, none = (score(*flags, "--noise", noise)["collision"] for noise in (0.3, 0))
         assert warm < less < none == 1
 
 

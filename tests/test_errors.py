@@ -20,7 +20,7 @@ CASES = {   # script, flags, what the line must say
     "nothing to resume": (train, [*FOXES_DATA, "new", "--resume"], "no checkpoint at new"),
     "no autoencoder": (autoencoder_script, ["--out_dir", "new"], "no checkpoint at new/autoenc"),
     "nothing to tune": (train, [*FOXES_DATA, "new", "--init_from", "x"], "no checkpoint at x/calm"),
-    "folder taken": (train, [*FOXES_DATA, "out"], "out/calm.pt is there, at step 40: go on with"),
+    "folder taken": (train, [*FOXES_DATA, "out"], "out/calm.pt is there, at step 120: go"),
     "no data set": (train, ["--data", "nothing", "--out_dir", "new"], "no data set 'nothing'"),
     "no source": (data.prepare, ["nowhere.txt"], "no text at 'nowhere.txt': expected stdlib"),
     "no text in a folder": (data.prepare, ["pictures"], "a folder with .txt"),

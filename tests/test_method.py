@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 
 import calm
-from autoencoder import Autoencoder, AutoencoderConfig, kl_to_normal, posterior_samples
-from calm import CALM, HEADS, ARConfig, CALMConfig, KVCache, energy_score, flops_per_token
-from helpers import BOTH, ROOT, V, tiny_ar, tiny_calm
+from autoencoder import Autoencoder, AutoencoderConfig, kl_to_normal
+from calm import HEADS, ARConfig, CALMConfig, KVCache, energy_score, flops_per_token
+from helpers import ALONE, BOTH, ROOT, V, tiny_ar, tiny_calm
 from sample import generate
 
-
-# --- The house -----------------------------------------------------------------------------
+README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+BUILT_IN = ("energy", "flow", "diffusion")
 
 
 def test_the_method_imports_torch_and_the_standard_library_and_the_plumbing_no_method():
@@ -30,48 +30,16 @@ def test_the_method_imports_torch_and_the_standard_library_and_the_plumbing_no_m
         assert not re.search(method, path.read_text())
 
 
-ALONE = """
-import torch
-from autoencoder import Autoencoder, AutoencoderConfig
-from calm import CALM, CALMConfig
-
-torch.manual_seed(0)
-text = torch.tensor(list(b"the quick brown fox jumps over the lazy dog. " * 40))
-sizes = dict(latent_dim=16, n_embd=32, n_ff=64)
-autoencoder = Autoencoder(AutoencoderConfig(**sizes))
-model = CALM(CALMConfig(**sizes, n_layer=2, n_head=2, n_head_layer=1, block_size=16), autoencoder)
-for stage in (autoencoder, model):
-    stage.train()
-    autoencoder.requires_grad_(stage is autoencoder)
-    optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for step in range(10):
-        loss, _ = stage.loss(text[:68 * 20].view(20, 68))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0], losses
-h = model.eval().hidden(text[None, :64])
-print(tuple(model.sample_chunks(h[:, -1], 3).shape))
-"""
-
-
-def test_a_copy_of_two_files_alone_trains_and_samples(tmp_path):
+def test_the_readmes_method_needs_two_files_and_draws_what_can_follow(tmp_path):
+    """As it stands there, beside copies of calm.py and autoencoder.py."""
     for file in ("autoencoder.py", "calm.py"):
         (tmp_path / file).write_bytes((ROOT / file).read_bytes())
-    (tmp_path / "alone.py").write_text(ALONE)
-    done = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, capture_output=True)
+    (tmp_path / "method.py").write_text(README[0])
+    done = subprocess.run([sys.executable, "method.py"], **{**ALONE, "cwd": tmp_path},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == b"(3, 1, 4)"
-
-
-def test_the_tour_shows_the_shapes_of_a_step(run):
-    out = run(calm).out
-    assert "(1, T+1, K)  (1, 19, 4)" in out and "(N, T, L)    (8, 18, 32)" in out
-
-
-# --- The energy score ----------------------------------------------------------------------
+    draws = done.stdout.splitlines()
+    assert len(draws) == 8 and sum(draw in ("b', ro'", "b' you'") for draw in draws) >= 5
 
 
 def scores_of(mean, std, alpha, P=200_000, N=3, M=4):
@@ -80,15 +48,11 @@ def scores_of(mean, std, alpha, P=200_000, N=3, M=4):
     return energy_score(mean + std * torch.randn(N, P, 1), torch.randn(M, P, 1), alpha)
 
 
-def standard_error(values):
-    return values.std() / len(values) ** 0.5
-
-
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
 @pytest.mark.parametrize("mean, std", [(0.3, 1), (-0.3, 1), (0, 0.7), (0, 1.4), (0, 0.01)])
 def test_energy_score_is_minimised_by_the_true_distribution(mean, std, alpha):
     excess = scores_of(mean, std, alpha) - scores_of(0, 1, alpha)
-    assert excess.mean() > 5 * standard_error(excess)
+    assert excess.mean() > 5 * excess.std() / len(excess) ** 0.5
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.7])
@@ -96,8 +60,7 @@ def test_energy_score_equals_the_double_sum(alpha):
     x = torch.randn(5, 3, 7, dtype=torch.float64)
     y = torch.randn(9, 3, 7, dtype=torch.float64)
     to_targets = (x[:, None] - y[None]).norm(dim=-1).pow(alpha).mean((0, 1))
-    pairs = sum((x[n] - x[k]).norm(dim=-1).pow(alpha)
-                for n in range(5) for k in range(5) if n != k)
+    pairs = (x[:, None] - x[None]).norm(dim=-1).pow(alpha).sum((0, 1))
     expected = 2 * to_targets - pairs / 20
     torch.testing.assert_close(energy_score(x, y, alpha), expected.float(), rtol=1e-5, atol=1e-5)
 
@@ -113,28 +76,11 @@ def test_energy_score_has_a_finite_gradient_where_points_meet(dtype):
 def test_energy_score_never_builds_all_differences():
     """What autograd keeps has at most P N M or P M L numbers, never P N M L."""
     kept = []
-
-    def pack(tensor):
-        kept.append(tensor.numel())
-        return tensor
-
     x = torch.randn(8, 32, 64, requires_grad=True)   # (N, P, L)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), id)
+    with keep:
         energy_score(x, torch.randn(16, 32, 64))     # (M, P, L)
     assert max(kept) <= 16 * 32 * 64
-
-
-# --- The autoencoder -----------------------------------------------------------------------
-
-
-def test_posterior_samples_have_the_mean_and_the_spread_asked_for():
-    mean = torch.tensor([0.3, -2.0])
-    std = torch.tensor([1, 0.5])
-    y = posterior_samples(mean.expand(20_000, 2), std.log().expand(20_000, 2), 3)
-    noise = (y - mean) / std                         # (3, 20_000, 2)
-    assert (noise.mean(1).abs() < 5 / 20_000 ** 0.5).all()
-    assert ((noise.std(1) - 1).abs() < 5 / 40_000 ** 0.5).all()
-    assert ((noise[0] * noise[1]).mean(0).abs() < 5 / 20_000 ** 0.5).all()   # of its own each
 
 
 def test_the_autoencoders_loss_is_cross_entropy_and_clipped_kl():
@@ -157,35 +103,15 @@ def test_the_autoencoders_loss_is_cross_entropy_and_clipped_kl():
     torch.testing.assert_close(loss, -4 * log_p.mean() + 1e-3 * kl)
 
 
-def test_a_large_vocabulary_is_decoded_in_slices(monkeypatch):
-    model = Autoencoder(AutoencoderConfig(2**22, 4, latent_dim=6, n_embd=4, n_ff=8)).eval()
-    rows = []
-
-    def decode(z):
-        rows.append(len(z))
-        return F.one_hot(z[:, :4].long(), 9)   # of vector (1, 2, 3, ...) the tokens 1, 2, 3, ...
-
-    monkeypatch.setattr(model, "decode", decode)
-    z = torch.arange(8.0)[:, None, None].expand(8, 3, 6)
-    assert torch.equal(model.tokens(z), z[..., :4].long())
-    assert rows == [4] * 6                     # 4 rows have 4 * 4 * 2^22 = 2^26 logits
-
-
 def test_the_frozen_autoencoder_gets_no_gradient_and_stays_in_eval_mode():
     model = tiny_calm().train()
-    before = {name: value.clone() for name, value in model.autoencoder.state_dict().items()}
     model.loss(torch.randint(V, (2, 20)))[0].backward()
     assert not model.autoencoder.training
     for name, p in model.named_parameters():
         assert (p.grad is None) == name.startswith("autoencoder.")
-    for name, value in model.autoencoder.state_dict().items():
-        assert torch.equal(value, before[name])
 
 
-# --- Every head, every input ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["energy", "flow", "diffusion"])
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_a_head_learns_the_distribution_it_is_given(kind):
     """Two contexts, with targets around (2, -1) and (-2, 1): after a short training the samples lie
     there, as wide as they should."""
@@ -215,8 +141,7 @@ def test_every_head_and_every_input_trains_and_generates(kind, evals, mode):
     loss, metrics = model.loss(torch.randint(V, (2, 20)))
     loss.backward()
     assert loss.isfinite() and metrics["head_loss"] < metrics["loss"] == loss
-    assert all(p.grad is not None for name, p in model.named_parameters()
-               if not name.startswith("autoencoder."))
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert generate(model.eval(), torch.randint(V, (2, 4)), 6).shape == (2, 10)
 
 
@@ -225,27 +150,22 @@ def test_every_head_and_every_input_trains_and_generates(kind, evals, mode):
 def test_a_sample_is_no_noise_however_few_the_evaluations(kind):
     """A head that says "z is 0" draws 0, with one evaluation, too."""
     head = HEADS[kind](CALMConfig(latent_dim=6, n_embd=32, n_head_layer=1, head=kind, num_evals=1))
-    noise = torch.randn(50, 3, 6)
 
     def z_is_zero(x, t, h):
-        t = t[..., None]
         if kind == "flow":   # z = x + (1 - t) velocity
-            return -x / (1 - t / 1000)
-        a = head.alpha_bar[t.long()].float()
-        return torch.cat([x / (1 - a).sqrt(), torch.zeros_like(x)], dim=-1)
+            return -x / (1 - t[..., None] / 1000)
+        noise = x / (1 - head.alpha_bar[t.long()][..., None]).sqrt().float()
+        return torch.cat([noise, torch.zeros_like(x)], dim=-1)
 
     head.forward = z_is_zero
-    z = head.sample(torch.zeros(3, 32), 50, noise)
-    assert z.abs().max() < 1e-3
+    assert head.sample(torch.zeros(3, 32), 50, torch.randn(50, 3, 6)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["energy", "flow", "diffusion"])
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_first_weights_are_the_authors_and_the_first_output_is_zero(kind):
     """Their flow and diffusion heads begin with Xavier's, but for the embedding of the time."""
-    config = CALMConfig(V, 4, 32, n_embd=128, n_ff=48, n_layer=1, n_head=4, n_head_layer=1,
-                        n_noise=32, head=kind)
-    model = CALM(config, Autoencoder(AutoencoderConfig(V, 4, latent_dim=32, n_embd=16, n_ff=24)))
-    *matrices, last = [(name, p) for name, p in model.head.named_parameters() if p.ndim == 2]
+    head = HEADS[kind](CALMConfig(V, 4, 32, n_embd=128, n_head_layer=1, n_noise=32, head=kind))
+    *matrices, last = [(name, p) for name, p in head.named_parameters() if p.ndim == 2]
     for name, p in matrices:   # of 4,096 numbers or more
         std = 0.02
         if "adaLN_modulation" in name:
@@ -254,8 +174,6 @@ def test_first_weights_are_the_authors_and_the_first_output_is_zero(kind):
             std = (2 / sum(p.shape)) ** 0.5
         assert p.std().item() == pytest.approx(std, rel=0.06)
     assert last[1].count_nonzero() == 0
-    up_proj = model.transformer.layers[0].mlp.up_proj
-    assert up_proj.weight.std().item() == pytest.approx(0.02, rel=0.06)
 
 
 @torch.no_grad()
@@ -266,9 +184,9 @@ def test_without_noise_the_energy_head_draws_one_vector_for_each_h():
     torch.nn.init.zeros_(model.head.noise_embd.bias)
     h = torch.randn(3, model.config.n_embd)
     noise = torch.rand(5, 3, model.config.n_noise) - 0.5
-    usual = model.head.sample(h, 5, noise)
     for z in model.head.sample(h, 5, noise_scale=0.0).unbind(1):   # (5, L)
         assert torch.allclose(z, z[:1].expand(5, -1), atol=1e-6)
+    usual = model.head.sample(h, 5, noise)
     assert not torch.allclose(model.head.sample(h, 5, noise, 0.5), usual, atol=0.01)
     assert model.sample_chunks(h, 20, 0.0).unique(dim=0).shape[0] == 1
 
@@ -287,11 +205,8 @@ def test_the_auxiliary_loss_is_the_cross_entropy_of_the_next_chunk():
 
 def test_the_readmes_head_is_one_class_and_one_entry(monkeypatch):
     """The README's section on a head of your own, as it stands there."""
-    readme = (ROOT / "README.md").read_text()
-    code, = re.findall(r"```python\n(.*?class MeanHead.*?)```", readme, re.DOTALL)
     monkeypatch.setattr(calm, "HEADS", dict(calm.HEADS))
-    exec(code, vars(calm).copy())
-
+    exec(README[-1], vars(calm).copy())
     model = tiny_calm(head="mean").train()
     tokens = torch.arange(32).view(2, 16) % V
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -300,22 +215,6 @@ def test_the_readmes_head_is_one_class_and_one_entry(monkeypatch):
     optimizer.step()
     assert model.loss(tokens)[0] < before
     assert generate(model.eval(), tokens[:, :4], 6).shape == (2, 10)
-
-
-def test_a_head_that_reads_its_numbers_is_counted(monkeypatch):
-    class Curious(calm.EnergyHead):
-        def sample(self, h, n, noise=None):
-            scale = 1.0 if h.sum().item() < 1 else 2.0
-            return scale * super().sample(h, n, noise)
-
-    monkeypatch.setattr(calm, "HEADS", {**HEADS, "curious": Curious})
-    sizes = dict(latent_dim=32, n_embd=64, n_layer=1, n_head=4, n_head_layer=1, block_size=8)
-    ae = AutoencoderConfig(latent_dim=32, n_embd=16, n_ff=24)
-    assert (flops_per_token(CALMConfig(**sizes, head="curious"), ae)
-            == flops_per_token(CALMConfig(**sizes), ae))
-
-
-# --- The Transformer -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -329,9 +228,7 @@ def test_cached_and_uncached_hidden_states_agree(make):
     parts = [model.hidden(tokens[:, :7 * K], cache)]
     for begin in range(7, 12):
         parts.append(model.hidden(tokens[:, begin * K:(begin + 1) * K], cache))
-    whole = model.hidden(tokens)
-    assert whole.shape == (2, 12, 32)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, 1), model.hidden(tokens), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -342,10 +239,8 @@ def test_no_position_sees_its_future(make):
     tokens = torch.randint(V, (1, 8 * K))
     changed = tokens.clone()
     changed[:, 5 * K:] = (changed[:, 5 * K:] + 1) % V
-    before = model.hidden(tokens)
-    after = model.hidden(changed)
-    torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=1e-6)
-    assert (before[:, 5:] - after[:, 5:]).abs().amax(-1).min() > 1e-3   # and all later ones change
+    difference = (model.hidden(tokens) - model.hidden(changed)).abs().amax(-1)[0]   # (8,)
+    assert difference[:5].max() < 1e-6 and difference[5:].min() > 1e-3
 
 
 def test_the_baselines_loss_is_the_cross_entropy_of_the_next_token():
@@ -355,8 +250,6 @@ def test_the_baselines_loss_is_the_cross_entropy_of_the_next_token():
     expected = F.cross_entropy(logits.reshape(16, V), tokens[:, 1:].reshape(16))
     torch.testing.assert_close(model.loss(tokens)[0], expected, rtol=1e-4, atol=1e-5)
 
-
-# --- What everything costs -----------------------------------------------------------------
 
 # Table 1: FLOPs a token in inference, and of a run of 250k steps of 2M tokens. For CALM-XL the
 # paper has 9.4e8, between our counts without attention (8.9e8) and with it.
@@ -379,16 +272,27 @@ def test_flops_are_the_papers(row):
     assert flops["train"] * 5e11 == pytest.approx(training, rel=0.06)
 
 
+SIZES = dict(latent_dim=32, n_embd=128, n_layer=2, n_head=2, block_size=128)
+AE = AutoencoderConfig(latent_dim=32, n_embd=128, n_ff=64)
+
+
 @pytest.mark.parametrize("kind, evals", [("energy", 1), ("flow", 20), ("diffusion", 100)])
 def test_a_sample_costs_two_flops_a_weight_and_evaluation(kind, evals):
-    sizes = dict(latent_dim=32, n_embd=128, n_layer=2, n_head=2, block_size=128, head=kind)
-    ae = AutoencoderConfig(latent_dim=32, n_embd=128, n_ff=64)
-    one = CALMConfig(**sizes, n_head_layer=1)
-    two = CALMConfig(**sizes, n_head_layer=2)
+    weights = []
+    flops = []
+    for n_head_layer in (1, 2):
+        config = CALMConfig(**SIZES, head=kind, n_head_layer=n_head_layer)
+        weights.append(sum(p.numel() for p in HEADS[kind](config).parameters() if p.ndim == 2))
+        flops.append(flops_per_token(config, AE)["inference"])
+    second_block = 2 * evals * (weights[1] - weights[0]) / 4
+    assert flops[1] - flops[0] == pytest.approx(second_block)
 
-    def weights(config):
-        return sum(p.numel() for p in HEADS[kind](config).parameters() if p.ndim == 2)
 
-    more = weights(two) - weights(one)   # of a second block
-    dearer = flops_per_token(two, ae)["inference"] - flops_per_token(one, ae)["inference"]
-    assert dearer == pytest.approx(2 * evals * more / 4)
+def test_a_head_that_reads_its_numbers_is_counted(monkeypatch):
+    class Curious(calm.EnergyHead):
+        def sample(self, h, n, noise=None):
+            return super().sample(h, n, noise) * (1.0 if h.sum().item() < 1 else 2.0)
+
+    monkeypatch.setattr(calm, "HEADS", {**HEADS, "curious": Curious})
+    expected = flops_per_token(CALMConfig(**SIZES), AE)
+    assert flops_per_token(CALMConfig(**SIZES, head="curious"), AE) == expected
