@@ -29,8 +29,7 @@ from sample import cast_matrices, generate
 def median_seconds(function, device, seconds):
     """Median time of a call, after two to warm up: of at least 3, and for about so long."""
     times = []
-    began = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - began < seconds:
+    while len(times) < 5 or sum(times) < seconds:
         start = time.perf_counter()
         function()
         if device.type == "cuda":
@@ -83,16 +82,15 @@ def main():
     print(f"training, {precision}: {speed:,.0f} tokens/s, peak memory {memory:.2f} GB, "
           f"{share:.1%} of the speed of large matrix products")
 
-    calm = cast_matrices(calm.eval(), machine.dtype)
-    ar = cast_matrices(ar.to(machine.device).eval(), machine.dtype)
     prompt = torch.randint(V, (1, 2 * args.chunk_size), device=machine.device)
     new = min(args.block_size - 2, 64) * args.chunk_size
     made = {}
-    for name, model, temperature in (("calm_T1", calm, 1), ("calm_T0.5", calm, 0.5),
-                                     ("ar_T1", ar, 1)):
+    for name, model, T in (("calm_T1", calm, 1), ("calm_T0.5", calm, 0.5), ("ar_T1", ar, 1)):
+        cast_matrices(model.to(machine.device).eval(), machine.dtype)
+
         def write():
             with machine.autocast():
-                generate(model, prompt, new, temperature)
+                generate(model, prompt, new, T)
 
         made[name] = new / median_seconds(write, machine.device, own.seconds)
         print(f"generation, {name}: {made[name]:,.0f} tokens/s")

@@ -2,8 +2,6 @@
 import base64
 import json
 import random
-import subprocess
-import sys
 import threading
 import urllib.error
 from functools import partial
@@ -16,7 +14,6 @@ import pytest
 import data.prepare
 from data.prepare import (DOWNLOADS, LONGEST, SECTION, TokenData, border_token, documents,
                           get_tokenizer, prepare, tokenize)
-from helpers import ROOT
 
 LINES = "".join(f"line {i}\n" for i in range(20_000))   # 30 documents
 
@@ -113,9 +110,6 @@ def test_windows_are_the_text_at_their_offsets_and_know_their_documents(trained)
     foxes = TokenData(trained / "foxes")
     tokens = tokens_of(trained / "foxes", "val")
     assert foxes.batch("val", [0, 7], 20).tolist() == [tokens[:20].tolist(), tokens[7:27].tolist()]
-    drawn = foxes.random_offsets(5, 20, (0, 3))
-    assert np.array_equal(drawn, foxes.random_offsets(5, 20, (0, 3)))
-    assert not np.array_equal(drawn, foxes.random_offsets(5, 20, (0, 4)))
     offsets = foxes.even_offsets(10, 50)
     assert len(offsets) == 10 and (np.diff(offsets) >= 50).all()
     assert offsets[-1] + 50 <= len(tokens)
@@ -244,18 +238,3 @@ def test_a_folder_that_is_no_data_set_is_left_alone(files, data_dir, lines):
     with pytest.raises(SystemExit, match="is no data set"):
         prepare([lines], "t")
     assert everything(data_dir / "t") == {file: b"mine" for file in files}
-
-
-def test_preparing_again_replaces_the_data_set_and_nothing_beside_it(lines, data_dir):
-    (data_dir / "lines" / "notes.md").write_text("mine")
-    lines.write_text(LINES.replace("line", "another"))
-    prepare([lines])
-    assert b"another" in decoded("lines")[0]
-    assert everything(data_dir / "lines")["notes.md"] == b"mine"
-
-
-def test_it_runs_as_a_script_from_anywhere(tmp_path):
-    for script in ("data/prepare.py", "train.py"):
-        done = subprocess.run([sys.executable, ROOT / script, "--help"], cwd=tmp_path,
-                              capture_output=True, text=True)
-        assert done.returncode == 0 and "usage" in done.stdout, done.stderr

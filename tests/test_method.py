@@ -1,20 +1,16 @@
-"""The mathematics: energy score, heads, Transformer, both models, what they cost.
-
-Statistical claims are tested five standard errors wide: a correct program fails less than once in a
-million runs.
-"""
+"""The mathematics: energy score, heads, Transformer, both models, what they cost. (Statistical
+claims are tested five standard errors wide: a right program fails once in a million runs.)"""
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import calm
 from autoencoder import Autoencoder, AutoencoderConfig, kl_to_normal
 from calm import HEADS, ARConfig, CALMConfig, KVCache, energy_score, flops_per_token
-from helpers import ALONE, BOTH, ROOT, V, tiny_ar, tiny_calm
+from helpers import ALONE, BOTH, ROOT, V, tiny_calm
 from sample import generate
 
 README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -53,16 +49,6 @@ def scores_of(mean, std, alpha, P=200_000, N=3, M=4):
 def test_energy_score_is_minimised_by_the_true_distribution(mean, std, alpha):
     excess = scores_of(mean, std, alpha) - scores_of(0, 1, alpha)
     assert excess.mean() > 5 * excess.std() / len(excess) ** 0.5
-
-
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.7])
-def test_energy_score_equals_the_double_sum(alpha):
-    x = torch.randn(5, 3, 7, dtype=torch.float64)
-    y = torch.randn(9, 3, 7, dtype=torch.float64)
-    to_targets = (x[:, None] - y[None]).norm(dim=-1).pow(alpha).mean((0, 1))
-    pairs = (x[:, None] - x[None]).norm(dim=-1).pow(alpha).sum((0, 1))
-    expected = 2 * to_targets - pairs / 20
-    torch.testing.assert_close(energy_score(x, y, alpha), expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -161,21 +147,6 @@ def test_a_sample_is_no_noise_however_few_the_evaluations(kind):
     assert head.sample(torch.zeros(3, 32), 50, torch.randn(50, 3, 6)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", BUILT_IN)
-def test_first_weights_are_the_authors_and_the_first_output_is_zero(kind):
-    """Their flow and diffusion heads begin with Xavier's, but for the embedding of the time."""
-    head = HEADS[kind](CALMConfig(V, 4, 32, n_embd=128, n_head_layer=1, n_noise=32, head=kind))
-    *matrices, last = [(name, p) for name, p in head.named_parameters() if p.ndim == 2]
-    for name, p in matrices:   # of 4,096 numbers or more
-        std = 0.02
-        if "adaLN_modulation" in name:
-            std = 0.0
-        elif kind != "energy" and "time_embed" not in name:
-            std = (2 / sum(p.shape)) ** 0.5
-        assert p.std().item() == pytest.approx(std, rel=0.06)
-    assert last[1].count_nonzero() == 0
-
-
 @torch.no_grad()
 def test_without_noise_the_energy_head_draws_one_vector_for_each_h():
     """With it, it draws many. The scale stands behind norm_noise: before it, without a bias, half
@@ -231,26 +202,6 @@ def test_cached_and_uncached_hidden_states_agree(make):
     torch.testing.assert_close(torch.cat(parts, 1), model.hidden(tokens), rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("make", BOTH)
-def test_no_position_sees_its_future(make):
-    model = make()
-    K = model.chunk_size
-    tokens = torch.randint(V, (1, 8 * K))
-    changed = tokens.clone()
-    changed[:, 5 * K:] = (changed[:, 5 * K:] + 1) % V
-    difference = (model.hidden(tokens) - model.hidden(changed)).abs().amax(-1)[0]   # (8,)
-    assert difference[:5].max() < 1e-6 and difference[5:].min() > 1e-3
-
-
-def test_the_baselines_loss_is_the_cross_entropy_of_the_next_token():
-    model = tiny_ar()
-    tokens = torch.randint(V, (2, 9))
-    logits = model.lm_head(model.hidden(tokens))[:, :-1]
-    expected = F.cross_entropy(logits.reshape(16, V), tokens[:, 1:].reshape(16))
-    torch.testing.assert_close(model.loss(tokens)[0], expected, rtol=1e-4, atol=1e-5)
-
-
 # Table 1: FLOPs a token in inference, and of a run of 250k steps of 2M tokens. For CALM-XL the
 # paper has 9.4e8, between our counts without attention (8.9e8) and with it.
 TABLE_1 = {
@@ -274,18 +225,6 @@ def test_flops_are_the_papers(row):
 
 SIZES = dict(latent_dim=32, n_embd=128, n_layer=2, n_head=2, block_size=128)
 AE = AutoencoderConfig(latent_dim=32, n_embd=128, n_ff=64)
-
-
-@pytest.mark.parametrize("kind, evals", [("energy", 1), ("flow", 20), ("diffusion", 100)])
-def test_a_sample_costs_two_flops_a_weight_and_evaluation(kind, evals):
-    weights = []
-    flops = []
-    for n_head_layer in (1, 2):
-        config = CALMConfig(**SIZES, head=kind, n_head_layer=n_head_layer)
-        weights.append(sum(p.numel() for p in HEADS[kind](config).parameters() if p.ndim == 2))
-        flops.append(flops_per_token(config, AE)["inference"])
-    second_block = 2 * evals * (weights[1] - weights[0]) / 4
-    assert flops[1] - flops[0] == pytest.approx(second_block)
 
 
 def test_a_head_that_reads_its_numbers_is_counted(monkeypatch):
