@@ -3,14 +3,14 @@ The chunk autoencoder (section 2 of the paper): K tokens -> one vector -> the sa
 
     python autoencoder.py --out_dir out/stdlib    # how robust are the vectors of a trained one?
 
-Each chunk is encoded on its own, without context. Its posterior, a Gaussian over vectors, depends
-on its K tokens alone. So it is a fixed target for CALM (calm.py).
+Each chunk is encoded on its own, without context. Its posterior, a Gaussian over vectors,
+depends on its K tokens alone. So it is a fixed target for CALM (calm.py).
 
-A generative model never hits a vector exactly, so a vector *near* the right one must decode to the
-right tokens, too. Three regularisers in training see to that: a clipped KL term, dropout on the
-vector, and masked input tokens.
+A generative model never hits a vector exactly, so a vector *near* the right one must decode
+to the right tokens, too. Three regularisers in training see to that: a clipped KL term,
+dropout on the vector, and masked input tokens.
 
-Shapes: K tokens in a chunk, V vocabulary, H width, L latent size; (...) stands for any leading
+Shapes: K tokens in a chunk, V vocabulary, H width, L latent size; (...) is any leading
 dimensions. Layers are named as in the authors' checkpoints.
 """
 from dataclasses import dataclass
@@ -155,11 +155,10 @@ class Autoencoder(nn.Module):
 
         K * cross-entropy + beta * KL, both summed over a chunk and averaged over chunks, in nats.
 
-        The KL term pulls every posterior towards N(0, 1), which keeps the space of vectors smooth.
-        But a dimension that is pulled all the way *is* N(0, 1), for every chunk (posterior
-        collapse): it says nothing about the tokens, and CALM would have to imitate pure noise. So a
-        dimension whose KL is below kl_clip counts as kl_clip: it has no gradient, and nothing pulls
-        it further.
+        The KL term pulls every posterior towards N(0, 1), which keeps the space of vectors
+        smooth. But a dimension that is pulled all the way *is* N(0, 1), for every chunk: it has
+        collapsed, says nothing about the tokens, and CALM would have to imitate pure noise. So
+        a dimension whose KL is below kl_clip counts as kl_clip, and is pulled no further.
         """
         c = self.config
         chunks = tokens.unflatten(-1, (-1, c.chunk_size))  # (..., T, K)
@@ -202,13 +201,13 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# --- Run it: how robust are the vectors of a trained autoencoder? --------------------------
+# --- Run it: how robust are the vectors? ------------------
 
 
 @torch.no_grad()
 def describe_vectors(model, chunks):
-    """Move the vectors of held-out chunks (P, K), decode them, and print the share of tokens and of
-    chunks that come out right."""
+    """Move the vectors of held-out chunks (P, K), decode them, and print the share of tokens
+    and of chunks that come out right."""
     mean, log_std = model.encode(chunks)      # (P, L) each
     noise = torch.randn_like(mean)
     vectors = {"the posterior's mean": mean,

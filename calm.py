@@ -9,7 +9,7 @@ A training step in five lines (`python calm.py` takes a line of text through the
     the true chunk t+1        -> M samples y of its vector   the frozen autoencoder's posterior
     the samples z and y       -> loss                        energy_score
 
-Read it from here to AR, the token-by-token baseline. Two slower heads and all costs come after.
+Read it from here to AR, the token-by-token baseline. Two slower heads and costs come after.
 
 Shapes: B sequences, T chunks in a sequence, K tokens in a chunk, V vocabulary, D width, N samples
 of the head, M samples of the posterior, L numbers in a chunk's vector, P positions (B and T
@@ -44,12 +44,12 @@ class CALMConfig:
     n_noise: int = 64              # size of the energy head's noise
     block_size: int = 2048         # context in chunks
     num_samples: int = 8           # N: samples of the head per position in training
-    num_targets: int = 100         # M: samples of the posterior per position; more make less noise
+    num_targets: int = 100         # M: samples of the posterior per position
     alpha: float = 1.0             # exponent of the energy score, in (0, 2)
     input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # tokens, latents, both
     head: str = "energy"           # generative head, a name in HEADS
-    num_evals: int = 0             # evaluations per sample of a slow head; 0: the head's default
-    aux_weight: float = 0.0        # weight of CALM.auxiliary_loss, which is ours, not the paper's
+    num_evals: int = 0             # evaluations per sample of a slow head; 0: its default
+    aux_weight: float = 0.0        # weight of CALM.auxiliary_loss: ours, not the paper's
 
 
 @dataclass
@@ -63,13 +63,13 @@ class ARConfig:
     block_size: int = 2048         # context in tokens
 
 
-# --- The Transformer (section 3.3): LLaMA's, with RMSNorm, rotary positions, SwiGLU, no biases
+# --- The Transformer (section 3.3), which is LLaMA's ------
 
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # On the CPU, even where load_official builds a model without numbers, on the meta device: the
-    # numbers of a checkpoint take their place, but a checkpoint does not have these.
+    # On the CPU, even where load_official builds a model on the meta device, without numbers:
+    # a checkpoint then brings all numbers, but not these.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)  # (positions, hs)
@@ -83,7 +83,7 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the positions so far, for generation. Memory is taken once, in full."""
+    """Keys and values of the positions so far. Memory is taken once, in full."""
 
     def __init__(self, block_size):
         self.block_size = block_size
@@ -104,7 +104,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         D = config.n_embd
-        if D % (2 * config.n_head) != 0:   # an even width for each head, as `rotate` turns pairs
+        if D % (2 * config.n_head) != 0:   # each head turns pairs: its width is even
             raise ValueError(f"n_embd {D} must be a multiple of 2 n_head = {2 * config.n_head}")
         self.layer = layer
         self.n_head = config.n_head
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin).type_as(v)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)           # (B, nh, end, hs)
-        # Either x is all positions so far, or it is one new position, which may look at them all.
+        # Either x is all positions so far, or one new position, which may look at them all.
         T = q.shape[2]
         end = k.shape[2]
         assert T in (1, end), "a cache takes a whole prompt, then one position at a time"
@@ -167,7 +167,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-# --- The energy head (section 3.2): a hidden state and noise -> a vector, in one step ------
+# --- The energy head (section 3.2) ------------------------
 
 
 class EnergyBlock(nn.Module):
@@ -182,7 +182,7 @@ class EnergyBlock(nn.Module):
 
     def forward(self, x, c):
         """x (N, ..., D), one per sample; c (..., D), the condition, one for all N samples."""
-        # W [norm(x), c] + b = W_x norm(x) + (W_c c + b). The bracket is the same for all samples.
+        # W [norm(x), c] + b = W_x norm(x) + (W_c c + b): the bracket is made once for all N.
         first = self.linears[0]
         W_x, W_c = first.weight.chunk(2, dim=1)          # (D, D) each
         mixed = F.linear(self.in_ln(x), W_x) + F.linear(c, W_c, first.bias)
@@ -203,7 +203,7 @@ class FinalLayer(nn.Module):
 
 
 class EnergyHead(nn.Module):
-    """Draws the next vector given h_t. Like every head it has two methods: a loss and a sample."""
+    """Draws the next vector, from h_t and noise. A head has two methods: loss and sample."""
 
     def __init__(self, config):
         super().__init__()
@@ -221,9 +221,9 @@ class EnergyHead(nn.Module):
     def sample(self, h, n, noise=None, noise_scale=1.0):
         """n samples given h (..., D) -> z (n, ..., L).
 
-        noise (n, ..., n_noise): uniform in [-0.5, 0.5], drawn here unless given. noise_scale, from
-        0 to 1: ours, not the paper's. With less noise the samples differ less, and decode to
-        likelier chunks, as at a low temperature, for free. (norm_noise, before it, would undo it.)
+        noise (n, ..., n_noise): uniform in [-0.5, 0.5], drawn here unless given.
+        noise_scale, from 0 to 1: ours, not the paper's. With less noise the samples differ less
+        and decode to likelier chunks, as at a low temperature, for free.
         """
         if noise is None:
             noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5
@@ -236,8 +236,8 @@ class EnergyHead(nn.Module):
     def loss(self, h, mean, log_std):
         """Equation 12: h (P, D); mean, log_std (P, L) of the next chunk's posterior -> (P,).
 
-        The gradient flows through the samples: from the score into each z, and from z into the
-        weights that made it of noise. So a head needs no likelihood.
+        The gradient flows through the samples: from the score into each z, and from z into
+        the weights that made it of noise. So a head needs no likelihood.
         """
         z = self.sample(h, self.config.num_samples)  # (N, P, L)
         y = posterior_samples(mean, log_std, self.config.num_targets)  # (M, P, L)
@@ -249,15 +249,15 @@ def energy_score(z, y, alpha=1.0):
 
         2/(N M) sum_{n,m} |z_n - y_m|^alpha  -  1/(N (N-1)) sum_{n != i} |z_n - z_i|^alpha
 
-    The first term pulls the samples to the targets, the second keeps them apart from each other.
-    Why this trains a distribution: averaged over all draws, and after E|y - y'|^alpha is taken
-    away, which the model cannot change, it is
+    The first term pulls the samples to the targets, the second keeps them apart. Why this
+    trains a distribution: averaged over all draws, and less E|y - y'|^alpha, which the model
+    cannot change, it is
 
         2 E|z - y|^alpha - E|z - z'|^alpha - E|y - y'|^alpha,
 
-    the energy distance between the law of z and that of y. For 0 < alpha < 2 it is at least 0, and
-    0 only if the two laws are equal. The text shows one next chunk after each h, but similar h are
-    followed by different chunks: the law of y is that of all chunks that can follow.
+    the energy distance between the law of z and that of y: for 0 < alpha < 2 at least 0, and
+    0 only if the two laws are equal. The text shows one next chunk after each h, but similar h
+    are followed by different chunks: the law of y is that of all chunks that can follow.
     """
     N = len(z)
     with torch.autocast(z.device.type, enabled=False):
@@ -271,8 +271,8 @@ def energy_score(z, y, alpha=1.0):
 def distances(x, y, alpha):
     """|x_n - y_m|^alpha: x (P, N, L), y (P, M, L) -> (P, N, M).
 
-    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. Its price: distances
-    below about |x| / 1000 are mostly rounding. Those below 1e-5 count as 1e-5, with gradient 0.
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. Its price: below
+    about |x| / 1000 it is rounding. Below 1e-5 a distance counts as 1e-5, with gradient 0.
     """
     x2 = torch.linalg.vector_norm(x, dim=-1) ** 2  # (P, N), less memory than x ** 2
     y2 = torch.linalg.vector_norm(y, dim=-1) ** 2  # (P, M)
@@ -280,7 +280,7 @@ def distances(x, y, alpha):
     return squares.clamp_min(1e-10) ** (alpha / 2)
 
 
-# --- The two models: the same Transformer, over chunks and over tokens ---------------------
+# --- The two models, over chunks and over tokens ----------
 
 
 class CALM(nn.Module):
@@ -317,7 +317,7 @@ class CALM(nn.Module):
         return self
 
     def inputs(self, tokens):
-        """tokens (B, T*K) -> one vector per chunk (B, T, D), from its token embeddings (section
+        """tokens (B, T*K) -> a vector for each chunk (B, T, D), from token embeddings (section
         3.3). The paper found the autoencoder's vectors to be a worse input."""
         chunks = tokens.unflatten(1, (-1, self.chunk_size))  # (B, T, K)
         if self.config.input_mode != "discrete":
@@ -325,7 +325,7 @@ class CALM(nn.Module):
         return self.embed_proj(self.embed_tokens(chunks).flatten(-2))  # (B, T, K*D) -> (B, T, D)
 
     def hidden(self, tokens, cache=None):
-        """tokens (B, T*K) -> h (B, T, D): h_t has seen chunks up to t, and predicts chunk t+1."""
+        """tokens (B, T*K) -> h (B, T, D): h_t has read chunks up to t, and predicts t+1."""
         return self.transformer(self.inputs(tokens), cache)
 
     def loss(self, tokens):
@@ -343,8 +343,8 @@ class CALM(nn.Module):
     forward = loss   # what torch.compile and DistributedDataParallel call
 
     def sample_chunks(self, h, n, noise_scale=1.0):
-        """n next chunks given each h (..., D) -> tokens (n, ..., K). noise_scale: of EnergyHead."""
-        scale = {} if noise_scale == 1 else {"noise_scale": noise_scale}   # others have none
+        """n next chunks given each h (..., D) -> tokens (n, ..., K)."""
+        scale = {} if noise_scale == 1 else {"noise_scale": noise_scale}   # EnergyHead's alone
         return self.autoencoder.tokens(self.head.sample(h, n, **scale))
 
     def latent_inputs(self, chunks):
@@ -357,9 +357,9 @@ class CALM(nn.Module):
         return x
 
     def auxiliary_loss(self, h, targets):
-        """Ours, not the paper's, only in training: h (P, D) also predicts each token of the next
-        chunk, targets (P, K), by a softmax -> mean cross-entropy in nats. With a large vocabulary
-        it is computed at fewer positions, which bounds the memory of the logits."""
+        """Ours, not the paper's, in training: h (P, D) also predicts each token of the next
+        chunk, targets (P, K), by a softmax -> mean cross-entropy in nats. With a large
+        vocabulary at fewer positions, which bounds the memory of the logits."""
         every = math.ceil(self.config.vocab_size / 4096)
         logits = self.aux(h[::every]).unflatten(-1, (self.chunk_size, -1)).float()
         return F.cross_entropy(logits.flatten(0, 1), targets[::every].flatten())
@@ -395,7 +395,7 @@ class AR(nn.Module):
         return torch.multinomial(p, n, replacement=True).T[..., None]
 
 
-# --- Two slower heads (section 3.2, figure 8): many steps from noise to a vector -------------
+# --- Two slower heads (section 3.2, figure 8) -------------
 
 
 class AdaLNBlock(nn.Module):
@@ -413,8 +413,8 @@ class AdaLNBlock(nn.Module):
 
 
 class TimeNet(nn.Module):
-    """(x_t, t, h) -> `out` numbers: the network of FlowHead and DiffusionHead. It was designed for
-    MAR, a generator of images without vector quantisation (Li et al., 2024)."""
+    """(x_t, t, h) -> `out` numbers: the network of FlowHead and DiffusionHead, designed for MAR,
+    a generator of images without vector quantisation (Li et al., 2024)."""
 
     def __init__(self, config, out):
         super().__init__()
@@ -428,7 +428,7 @@ class TimeNet(nn.Module):
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D)),
             "linear": nn.Linear(D, out),
         })
-        # First weights as the authors': at first no block does anything, and the output is zero.
+        # First weights as the authors': no block does anything, and the output is zero.
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name:
                 nn.init.zeros_(parameter)
@@ -506,8 +506,8 @@ class DiffusionHead(TimeNet):
     def step_back(self, z, x_t, v, a, a_before):
         """The Gaussian q(x_{t-1} | x_t, z) -> its mean (..., L), its log-variance (..., L).
 
-        a, a_before (..., 1), in float64: a_t and a_{t-1}; in a shorter chain, which takes only some
-        of the steps, that of the step before in the chain. v (..., L), from the network: at -1 the
+        a, a_before (..., 1), in float64: a_t and a_{t-1}, or, in a chain that takes only some
+        of the steps, that of the step before. v (..., L), from the network: at -1 the
         log-variance is that of the posterior, at 1 that of the step forward, log beta.
         """
         beta = 1 - a / a_before                     # variance of q(x_t | x_{t-1})
@@ -524,8 +524,8 @@ class DiffusionHead(TimeNet):
     def terms(self, z, noise, t, h):
         """Both parts of the loss at times t (...), averaged over L -> (...), (...).
 
-        The first is the squared error of the predicted noise. The second is the KL divergence of
-        the step back, in bits. It trains the variance alone: there the predicted noise is detached.
+        The first is the squared error of the predicted noise. The second, in bits, is the KL
+        divergence of the step back. It trains the variance alone: its noise is detached.
         """
         a = self.alpha_bar[t][..., None]                 # (..., 1)
         a_before = F.pad(self.alpha_bar, (1, 0), value=1.0)[t][..., None]
@@ -571,7 +571,7 @@ class DiffusionHead(TimeNet):
 HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
 
 
-# --- What everything costs -----------------------------------------------------------------
+# --- What everything costs --------------------------------
 
 
 def flops_per_token(config, autoencoder_config=None):
@@ -624,7 +624,7 @@ def autoencoder_flops(config):
     return encode, decode
 
 
-# --- Run it: one line of text through the forward half of a training step ------------------
+# --- Run it: the shapes of a training step ----------------
 
 
 @torch.no_grad()

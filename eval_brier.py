@@ -1,7 +1,7 @@
 """
-BrierLM: how well does a model predict, judged from its samples alone (section 4 of the paper)?
+BrierLM: how well does a model predict, judged from its samples alone (section 4)?
 
-    python eval_brier.py                               # BrierLM of the default run, and its text
+    python eval_brier.py                               # the default run: BrierLM, and its text
     python eval_brier.py --against out/stdlib/ar.pt    # is it better than another model?
     for T in 1 0.65 0.5; do python eval_brier.py --temperature $T; done    # the frontier
 
@@ -29,7 +29,7 @@ from sample import (add_model_flags, check_text, generate, load, load_model, nex
                     sampling_of)
 
 
-# --- The score -----------------------------------------------------------------------------
+# --- The score --------------------------------------------
 
 
 def hit_and_collision(samples, targets):
@@ -37,24 +37,21 @@ def hit_and_collision(samples, targets):
     in the first n = 1..4 tokens: samples (S, P, >=4), targets (P, >=4) -> (P, 4), (P, 4)."""
     S = len(samples)
     samples = samples[..., :4]
-    targets = targets[..., :4]
     # The cumulative product over tokens is 1 as long as all tokens so far are equal.
-    hit = (samples == targets).cumprod(-1).float().mean(0)  # (P, 4)
+    hit = (samples == targets[..., :4]).cumprod(-1).float().mean(0)  # (P, 4)
     pairs = sum((a == samples).cumprod(-1).sum(0) for a in samples)   # (P, 4), one a at a time
-    return hit, (pairs - S) / (S * (S - 1))                 # without a sample and itself
+    return hit, (pairs - S) / (S * (S - 1))  # without a sample and itself
 
 
 def brier_ngram(samples, targets):
     """Brier-1..4 at each position (equation 14): samples (S, P, >=4), targets (P, >=4) -> (P, 4).
-
-    The mean over all pairs of the S samples, a U-statistic: unbiased, and for S = 2 the paper's.
-    """
+    A mean over all pairs of samples, a U-statistic: unbiased, and for S = 2 the paper's."""
     hit, collision = hit_and_collision(samples, targets)
     return 2 * hit - collision
 
 
 def brierlm(brier):
-    """Brier-1..4 (..., 4) -> BrierLM (...): 100 times their geometric mean, 0 if one is below 0."""
+    """Brier-1..4 (..., 4) -> BrierLM (...): 100 times the geometric mean; 0 if one is negative."""
     return 100 * np.clip(brier, 0, None).prod(-1) ** 0.25
 
 
@@ -66,8 +63,8 @@ def sample_ngrams(model, tokens, starts, S, **sampling):
     cache = KVCache(model.config.block_size)
     hidden = model.hidden(tokens[:, :-K].repeat(S, 1), cache)  # (S*B, W/K - 1, D)
     ngrams = []
-    # From the last start to the first: the cache after a start is overwritten by what the model
-    # draws there, and an earlier start does not look at it.
+    # From the last start to the first: what is drawn at a start overwrites the cache after it,
+    # where an earlier start does not look.
     for start in reversed(starts):
         cache.length = start // K
         h = hidden[:, start // K - 1]                          # it predicts the chunk at start
@@ -79,11 +76,11 @@ def sample_ngrams(model, tokens, starts, S, **sampling):
     return torch.stack(ngrams[::-1], dim=1).unflatten(0, (S, -1))
 
 
-# --- The score of a data set, with its error -----------------------------------------------
+# --- The score of a data set, with its error --------------
 
 
 def default_stride(K):
-    """From one n-gram's start to the next, in tokens: 16, or the least multiple of K above it."""
+    """Tokens from one n-gram's start to the next: 16, or the least multiple of K above."""
     return math.ceil(16 / K) * K
 
 
@@ -120,9 +117,9 @@ def evaluate(model, data, machine, windows=375, stride=None, context=None, S=4, 
 
 
 def bootstrap(rows):
-    """Mean hits and collisions of all n-grams, (1001, 4) each: those of the text itself, then of
-    1000 texts of as many documents, drawn from these with repetition. (Of documents, since the
-    windows of one document are not independent.)"""
+    """Mean hits and collisions of all n-grams, (1001, 4) each: of the text itself, then of 1000
+    texts of as many documents, drawn from these with repetition. (Windows of one document are
+    not independent.)"""
     documents = len(rows)
     each = np.full(documents, 1 / documents)
     drawn = np.random.default_rng(0).multinomial(documents, each, size=1000)
@@ -133,8 +130,8 @@ def bootstrap(rows):
 
 
 def with_error(values, valid=True):
-    """A statistic of the text and of the bootstrap's texts, (1001,) -> its value, its standard
-    error. That is None where it says nothing: for one document, or unless all are `valid`."""
+    """A statistic of the text and of the bootstrap's texts (1001,) -> its value, its standard
+    error. None where that says nothing: for one document, or unless all are `valid`."""
     error = float(values[1:].std())
     return float(values[0]), error if error > 1e-9 and np.all(valid) else None
 
@@ -150,9 +147,9 @@ def summary(rows):
 
 
 def difference(rows, other_rows):
-    """Is a model better than another, scored at the same n-grams? -> {name: (value, error)}, the
-    first one's minus the other's, and the ratio of BrierLM. Some documents are harder than
-    others, for both. The bootstrap draws the same ones for both, so this cancels in the error."""
+    """Is a model better than another at the same n-grams? -> {name: (value, error)}: the first
+    one's minus the other's, and the ratio of BrierLM. Some documents are harder, for both: the
+    bootstrap draws the same ones for both, so this cancels in the error."""
     hit, collision = bootstrap(rows)
     other_hit, other_collision = bootstrap(other_rows)
     one = 2 * hit - collision  # Brier-1..4, (1001, 4)
@@ -183,7 +180,7 @@ def plus_minus(value, error):
     return f"{value:.4g} +- " + ("?" if error is None else f"{error:.3g}")
 
 
-# --- Beside the score: what BrierLM cannot see ---------------------------------------------
+# --- Beside the score: what BrierLM cannot see ------------
 
 
 def distinct(texts, n=4):
@@ -221,7 +218,7 @@ def read_texts(model, judge, data, machine, texts=64, seed=0, **sampling):
     return found
 
 
-# --- Run it --------------------------------------------------------------------------------
+# --- Run it -----------------------------------------------
 
 
 def main():
@@ -229,11 +226,11 @@ def main():
     add_model_flags(parser)
     add = parser.add_argument
     add("--data", help="a data set in data/, by default that of training")
-    add("--windows", type=int, default=375, help="how many, spread evenly over the held-out text")
+    add("--windows", type=int, default=375, help="how many, spread evenly over the text")
     add("--num_draws", type=int, default=4, help="S: samples of each n-gram")
     add("--stride", type=int, help="tokens from one n-gram's start to the next; default 16")
     add("--against", metavar="RUN", help="compare with another run, or its calm.pt or ar.pt")
-    add("--judge", metavar="RUN", help="whose ar.pt reads the text; by default that in --out_dir")
+    add("--judge", metavar="RUN", help="whose ar.pt reads the text; by default --out_dir's")
     add("--json", action="store_true", help="end with one JSON object on a line")
     args = parser.parse_args()
     sampling = sampling_of(args)

@@ -1,6 +1,6 @@
 """
-From vectors to text: temperature from samples alone (section 5 of the paper), generation, and the
-loading of a trained model.
+From vectors to text: temperature from samples alone (section 5 of the paper), generation,
+and the loading of a trained model.
 
     python sample.py --start "def main(" --noise 0.25 --chunks
 
@@ -27,7 +27,7 @@ from data.prepare import DEFAULT_DATA, border_token, get_tokenizer
 from data.published import read_official
 
 
-# --- Temperature without likelihoods (section 5) -------------------------------------------
+# --- Temperature without likelihoods (section 5) ----------
 
 
 def temperature_exact(samples, temperature):
@@ -72,13 +72,12 @@ def temperature_batch(samples, temperature):
     on; here n becomes the largest count at once, which is the same.
 
     For any temperature (ours) C(c, s) = G(c + 1) / (G(s + 1) G(c - s + 1)), with the Gamma
-    function G and s = 1/temperature. It is positive for counts c from floor(s) on; smaller ones
-    get no weight.
+    function G and s = 1/temperature, for counts c from floor(s) on; 0 for smaller ones.
     """
     key = samples[..., 0]                                   # a hash of each chunk
     for token in samples.unbind(-1)[1:]:
         key = key * 1_000_003 + token
-    # How often the chunk of each candidate is there. (All pairs at once would take gigabytes.)
+    # How often each candidate's chunk is there. (All pairs at once would take gigabytes.)
     c = sum((key == x).long() for x in key).cpu().double()  # (N, batch)
     s = c.amax(0).clamp_max(1 / temperature)                # (batch,)
     log_C = (c + 1).lgamma() - (c - s + 1).lgamma()         # G(s + 1) is the same for all
@@ -115,7 +114,7 @@ def endless_samples(model, h, noise_scale):
         yield from map(tuple, model.sample_chunks(h, 256, noise_scale).tolist())
 
 
-# --- Generation ----------------------------------------------------------------------------
+# --- Generation -------------------------------------------
 
 
 def whole_chunks(prompt, chunk_size, eot):
@@ -164,7 +163,7 @@ def show(tokenizer, ids, chunk_size=None):
     return "".join("|" + tokenizer.decode(chunk) for chunk in chunks)
 
 
-# --- Loading a run's model, or the authors' weights ----------------------------------------
+# --- Loading a run's model, or the authors' weights -------
 
 
 def load_model(out_dir, kind):
@@ -191,7 +190,7 @@ def load_official(folder):
 
 
 def load(args, machine):
-    """The model that the flags below name -> model on its device, checkpoint (None: published)."""
+    """The model that the flags below name -> model, checkpoint (None: published)."""
     if args.official:
         model = load_official(args.official)
         checkpoint = None
@@ -211,7 +210,7 @@ def cast_matrices(model, dtype):
 
 
 def check_text(checkpoint, data):
-    """End the program if a data set is not the text that a checkpoint's model was trained on."""
+    """End the program if a data set is not the text that a checkpoint's model has learned."""
     if checkpoint["data"]["fingerprint"] != data.meta["fingerprint"]:
         raise SystemExit(f"{data.folder} is not the text that this model was trained on, or has "
                          "changed: prepare that text again, or use another --out_dir")
@@ -244,7 +243,7 @@ def sampling_of(args):
             "noise_scale": args.noise}
 
 
-# --- Run it --------------------------------------------------------------------------------
+# --- Run it -----------------------------------------------
 
 
 def main():

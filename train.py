@@ -1,13 +1,13 @@
 """
-Training: stage 1 is the autoencoder, stage 2 is CALM. (The baseline, AR, has a single stage.)
+Training: stage 1 is the autoencoder, stage 2 is CALM. (The baseline, AR, has one stage.)
 
     python train.py                                    # data, both stages, BrierLM, text
-    python train.py --preset S --data mine             # the paper's smallest model, on your text
+    python train.py --preset S --data mine             # the paper's smallest, on your text
     torchrun --nproc_per_node 8 train.py --preset M    # several GPUs, one process each
 
-Every batch and all noise are functions of the seed and the step. So a run that was stopped goes
-on from its last evaluation (--resume) to the same weights, and several processes, which share
-the micro-batches of a step, make the same steps as one.
+Every batch and all noise are functions of the seed and the step. So a run that was stopped
+goes on from its last evaluation (--resume) to the same weights, and several processes, which
+share the micro-batches of a step, make the same steps as one.
 """
 import argparse
 import inspect
@@ -33,7 +33,7 @@ from sample import check_text, generate, load_model, load_official, show
 KINDS = ("autoencoder", "calm", "ar")   # of models, stages and checkpoints
 
 
-# --- What is trained, and how --------------------------------------------------------------
+# --- What is trained, and how -----------------------------
 
 
 @dataclass
@@ -55,15 +55,15 @@ class TrainConfig:
 PAPER_AUTOENCODER = dict(warmup_steps=1000, max_steps=30_000, batch_size=2)
 PAPER = dict(latent_dim=128, n_head=16, block_size=2048)
 
-# Ours, for minutes in place of weeks. data/RESULTS.md has what the main differences are worth.
+# Ours, for minutes in place of weeks. data/RESULTS.md says what the differences are worth.
 SMALL_AUTOENCODER = dict(n_embd=128, n_ff=64, optimizer="muon", lr=6e-3, warmup_steps=50,
                          decay_frac=0.8, batch_size=8, grad_accum=1)
 SMALL = dict(latent_dim=32, n_head_layer=1,
              num_samples=4, num_targets=32, aux_weight=0.5,
              optimizer="muon", warmup_steps=50, decay_frac=0.8, grad_accum=1)
 
-# A preset has defaults for the autoencoder, and for CALM or AR. latent_dim and block_size are those
-# for K = 4. lr is that of AdamW, which trains only token tables, norms and biases beside Muon.
+# A preset has defaults for the autoencoder, and for CALM or AR. latent_dim and block_size are
+# for K = 4. lr is AdamW's, which beside Muon trains only token tables, norms and biases.
 PRESETS = {
     # Two cores of a laptop, in eight to ten minutes.
     "nano": (SMALL_AUTOENCODER | dict(max_steps=350),
@@ -80,7 +80,7 @@ PRESETS = {
 }
 
 
-# --- The flags: one for every field of a config. On a first reading, skip to "Optimizers" ---
+# --- The flags (to be skipped at first) -------------------
 
 
 def make_parser():
@@ -106,15 +106,15 @@ def make_parser():
 
 def add_fields(parser, config):
     """Add a flag for each field of a config class that has none yet. Its help is the comment
-    beside the field. Its default is None: not given."""
+    beside the field; its default is None, not given."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(config), re.MULTILINE))
     group = parser.add_argument_group(config.__name__)
     for field in fields(config):
         flag = f"--{field.name}"
         if field.name == "vocab_size" or flag in parser._option_string_actions:
             continue
-        choices = list(HEADS) if field.name == "head" else get_args(field.type)
-        group.add_argument(flag, type=str if choices else field.type, choices=choices or None,
+        choices = {"head": list(HEADS)}.get(field.name, get_args(field.type)) or None
+        group.add_argument(flag, type=type(field.default), choices=choices,
                            help=comments[field.name])
 
 
@@ -142,9 +142,9 @@ def parse_args(argv):
 
 
 def config_of(config, args, kind, **given):
-    """The config of a stage: its class's defaults, then the preset's, then flags, then `given`.
-    Flags are for the model that --model names: an autoencoder that is trained on the way to CALM
-    has only those that CALM has not, and the sizes of a chunk."""
+    """A config: the defaults of its class, then of the preset, then flags, then `given`. Flags
+    are for the model that --model names: an autoencoder on the way to CALM has only those that
+    CALM has not, and the sizes of a chunk."""
     own = {"chunk_size", "latent_dim", "dropout", "token_mask", "kl_weight", "kl_clip"}
     of_autoencoder, of_model = PRESETS[args.preset]
     settings = dict(of_autoencoder if kind == "autoencoder" else of_model)
@@ -156,7 +156,7 @@ def config_of(config, args, kind, **given):
     return config(**{name: value for name, value in settings.items() if name in names})
 
 
-# --- Optimizers ----------------------------------------------------------------------------
+# --- Optimizers -------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
@@ -191,28 +191,28 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(g):
     """Matrices g = U S V^T (n, rows, columns) -> about U V^T, by three Newton-Schulz steps.
 
-    A step takes every singular value s to a s + b s^3 + c s^5. The numbers of each step are those
-    of Polar Express (Amsel et al., 2025): they take all s from 0.002 to 1 to between 0.18 and 1.87.
+    A step takes every singular value s to a s + b s^3 + c s^5. The numbers are those of Polar
+    Express (Amsel et al., 2025): s from 0.002 to 1 ends between 0.18 and 1.87.
     """
-    x = g / (1.01 * g.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7))  # so that s is below 1
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
+    if g.shape[1] > g.shape[2]:
+        return orthogonal(g.mT).mT   # the smaller of the two products
+    x = g / (1.01 * g.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7))   # so that s is below 1
     for a, b, c in ((8.28721, -23.59589, 17.30039), (4.10706, -2.94785, 0.54484),
                     (3.94869, -2.90890, 0.55182)):
-        square = x @ x.mT  # the smaller of the two products
+        square = x @ x.mT
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+    return x
 
 
 def make_optimizers(model, config, dtype=torch.float32, compiled=False):
     """AdamW and, if config.optimizer says so, Muon for the matrices -> list. Muon leaves to AdamW
     those with a row for each token: embeddings, the outputs of AR and of the auxiliary loss.
-    (Jordan leaves all first and last matrices to AdamW.) dtype: of Muon's own products."""
+    (Jordan leaves it all first and last matrices.) dtype: of Muon's products."""
     of_tokens = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")
     muon = config.optimizer == "muon"
     matrices = []
-    others = []   # norms and biases, beside Muon those of tokens, too: AdamW, without weight decay
+    others = []   # norms, biases, beside Muon those of tokens: AdamW, without weight decay
     for name, p in model.named_parameters():
         if not p.requires_grad:   # the frozen autoencoder
             continue
@@ -239,13 +239,13 @@ def set_rates(optimizers, step, config):
             group["lr"] = factor * peak
 
 
-# --- One step, and the loop over steps -----------------------------------------------------
+# --- One step, and the loop over steps --------------------
 
 
 def micro_batches(data, seed, machine, kind, step, config, length):
-    """This process's share of a step's micro-batches -> tokens (batch_size, length), one by one.
-    Windows begin at any token, so the borders of chunks fall anywhere. Each micro-batch seeds
-    torch anew: its noise is the same on any number of processes."""
+    """This process's micro-batches of a step -> tokens (batch_size, length), one by one. Windows
+    begin at any token, so the borders of chunks fall anywhere. Each micro-batch seeds torch
+    anew: its noise is the same on any number of processes."""
     stage = KINDS.index(kind)
     B = config.batch_size
     offsets = data.random_offsets(config.grad_accum * B, length, (seed, stage, step))
@@ -258,7 +258,7 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
     """One optimizer step over `count` micro-batches -> their mean loss, a tensor."""
     mean_loss = 0.0
     for micro, tokens in enumerate(batches, 1):
-        # DistributedDataParallel averages gradients once per step; other models take no notice.
+        # DistributedDataParallel averages gradients once a step; others take no notice.
         model.require_backward_grad_sync = (micro == count)
         with machine.autocast():
             loss, _ = model(tokens)
@@ -280,12 +280,12 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
 
 @torch.no_grad()
 def validate(kind, model, data, machine, batch_size, length):
-    """Loss and BrierLM on fixed validation windows with fixed noise -> dict of metrics. At most
-    batch_size windows at once: what fits in training fits here."""
+    """Loss and BrierLM on fixed validation windows with fixed noise -> dict of metrics. With at
+    most batch_size windows at once: what fits in training fits here."""
     model.eval()
     offsets = data.even_offsets(16, length)
     slices = []
-    torch.manual_seed(0)   # the same noise each time; every training batch has a seed of its own
+    torch.manual_seed(0)   # the same noise each time; training batches have their own seeds
     for i in range(0, len(offsets), batch_size):
         tokens = data.batch("val", offsets[i:i + batch_size], length).to(machine.device)
         with machine.autocast():
@@ -300,9 +300,9 @@ def validate(kind, model, data, machine, batch_size, length):
 
 
 def plan(kind, model, args, data, machine, checkpoint, spent):
-    """How a stage is trained -> its TrainConfig, tokens in a window, tokens and FLOPs of a step."""
+    """How a stage is trained -> its config, tokens in a window, tokens and FLOPs of a step."""
     config = config_of(TrainConfig, args, kind)
-    if checkpoint and kind != args.model:   # an autoencoder on the way keeps its own settings
+    if checkpoint and kind != args.model:   # an autoencoder on the way keeps its settings
         config = TrainConfig(**checkpoint["train_config"])
     if config.grad_accum % machine.size != 0:
         raise SystemExit(f"{kind}: --grad_accum {config.grad_accum} must be a multiple of the "
@@ -324,12 +324,12 @@ def plan(kind, model, args, data, machine, checkpoint, spent):
 
 
 def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
-    """Train a model to its last step, from its checkpoint on if there is one -> training FLOPs.
-    spent: those of earlier stages, which are included."""
+    """Train a model to its last step, from its checkpoint on if there is one -> FLOPs spent, with
+    those of earlier stages, `spent`."""
     config, length, tokens_per_step, step_flops = plan(kind, model, args, data, machine,
                                                        checkpoint, spent)
     model.to(machine.device).train()
-    compiled = args.compile and kind == args.model   # an autoencoder on the way is too short
+    compiled = args.compile and kind == args.model   # an autoencoder's stage is too short
     optimizers = make_optimizers(model, config, machine.dtype, compiled)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     done = 0
@@ -359,7 +359,7 @@ def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
         loss = train_step(faster, batches, config.grad_accum // machine.size, optimizers, scaler,
                           config.grad_clip, machine)
 
-        # The first process logs, evaluates and saves. The others wait for it in their next step.
+        # The first process logs, evaluates, saves. The others wait for it in the next step.
         evaluating = step % args.eval_interval == 0 or step == config.max_steps
         if not machine.is_first or not (evaluating or step % args.log_interval == 0):
             continue
@@ -389,12 +389,12 @@ def save(model, kind, args, data, **state):
     save_checkpoint(args.out_dir / f"{kind}.pt", state)
 
 
-# --- All of it: autoencoder, then CALM or AR, then BrierLM and text ------------------------
+# --- All of it --------------------------------------------
 
 
 def get_model(kind, args, data, autoencoder=None):
-    """The model of a stage, as its checkpoint or --init_from has it, or new (CALM: built on an
-    autoencoder) -> model, its checkpoint or None."""
+    """The model of a stage, as its checkpoint or --init_from has it, or new (a CALM is built on
+    an autoencoder) -> model, its checkpoint or None."""
     path = args.out_dir / f"{kind}.pt"
     if path.exists():
         model, checkpoint = load_model(args.out_dir, kind)

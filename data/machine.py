@@ -1,5 +1,5 @@
 """
-The machine that a run is on: its device and precision, the processes of torchrun, and checkpoints.
+The machine that a run is on: device, precision, processes of torchrun; and checkpoints.
 Nothing here knows a model, and nothing here is needed to understand CALM.
 """
 import atexit
@@ -16,14 +16,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")   # of --dtype
 
 
 class Machine:
-    """Where a program computes, and which process of a run it is: the only one, or one of many."""
+    """Where a program computes, and which process of a run it is."""
 
     def __init__(self, device="auto", dtype="auto"):
         """The flags --device (auto: a CUDA card, if there is one) and --dtype."""
-        self.size = int(os.environ.get("WORLD_SIZE", 1))           # torchrun sets these three
+        self.size = int(os.environ.get("WORLD_SIZE", 1))   # torchrun sets these three
         self.rank = int(os.environ.get("RANK", 0))
         local_rank = os.environ.get("LOCAL_RANK", 0)
-        self.is_first = self.rank == 0                             # the one that prints and writes
+        self.is_first = self.rank == 0                     # the one that prints and writes
 
         if device == "auto":
             device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
@@ -43,8 +43,8 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=mixed)
 
     def to_device(self, tokens):
-        """Copy a batch to the device. From pinned memory that is asynchronous; from ordinary memory
-        Python would wait until the card has finished all that is in its queue."""
+        """Copy a batch to the device. From pinned memory that is asynchronous; from ordinary
+        memory Python would wait until the card has done all that is in its queue."""
         if self.device.type == "cuda":
             tokens = tokens.pin_memory()
         return tokens.to(self.device, non_blocking=True)
@@ -56,7 +56,7 @@ class Machine:
 
 
 def fast_dtype(device):
-    """bfloat16 where the device multiplies it fast; else float32, or float16 on an older card."""
+    """bfloat16 where the device multiplies it fast; else float32, on older cards float16."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float16
@@ -66,8 +66,8 @@ def fast_dtype(device):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep freed memory. It would give large blocks back to the system and ask for
-    them anew at every step, which takes a fifth of a training step at width 512."""
+    """Tell glibc to keep freed memory. It would give large blocks back to the system and ask
+    for them anew at every step, which takes a tenth of the time at width 512."""
     M_MMAP_MAX = -4
     M_TRIM_THRESHOLD = -1
     mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -76,13 +76,13 @@ def keep_freed_memory():
 
 
 def seed_noise(*numbers):
-    """Seed torch's noise with a hash of whole numbers, such as a seed and a step. On a CPU torch
-    keeps only the lowest 32 bits of a seed: numbers that stand side by side in it would be lost."""
+    """Seed torch's noise with a hash of whole numbers, such as a seed and a step. (On a CPU
+    torch keeps only the lowest 32 bits of a seed.)"""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values. What is at `path` is whole at every moment."""
+    """Write a dict of tensors and plain values. What is at `path` is always whole."""
     partial = path.with_suffix(".tmp")
     torch.save(checkpoint, partial)
     partial.replace(path)

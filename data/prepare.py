@@ -1,12 +1,12 @@
 """
-Text to tokens on disk, data/<name>/{train.bin, val.bin, meta.json}, and from there to batches.
+Text to tokens on disk, data/<name>/{train.bin, val.bin, meta.json}, and to batches.
 
-    python data/prepare.py                        # the standard library of this Python: no download
-    python data/prepare.py shakespeare            # or tinystories, wikitext103-test: downloaded
-    python data/prepare.py notes/ book.txt --name mine --tokenizer gpt2        # your own text
+    python data/prepare.py                   # the standard library of this Python
+    python data/prepare.py shakespeare       # or tinystories, wikitext103-test: downloaded
+    python data/prepare.py notes/ book.txt --name mine --tokenizer gpt2   # your own text
 
-A text becomes documents. Each is held out for validation or not by a hash of its own bytes,
-so that adding a file moves no other. Nothing here is needed to understand CALM.
+A text becomes documents. Each is held out or not by a hash of its own bytes, so that adding
+a file moves no other. Nothing here is needed to understand CALM.
 """
 import argparse
 import base64
@@ -39,7 +39,7 @@ DOWNLOADS = {
     # What the authors of CALM evaluate on: all of it is held out.
     "wikitext103-test": f"{GITHUB}/shaochenze/calm/main/data/wikitext_document_level-test.json",
 }
-# The source code of this Python: its library alone, or with all that is installed. Without tests,
+# The source of this Python: its library alone, or with all that is installed. Without tests,
 # and what flatters BrierLM: generated tables, and copies, which would be in both splits.
 PYTHON = {"stdlib": ["stdlib"], "site-packages": ["stdlib", "purelib"]}
 NOT_READ = {"test", "tests", "idlelib", "encodings", "artifacts", "serialized_patterns", "_vendor",
@@ -47,9 +47,9 @@ NOT_READ = {"test", "tests", "idlelib", "encodings", "artifacts", "serialized_pa
 KNOWN = (*PYTHON, *DOWNLOADS)
 
 
-# --- Tokenizers: each is a tiktoken.Encoding -----------------------------------------------
+# --- Tokenizers: each is a tiktoken.Encoding --------------
 
-# Where Llama 3 splits: contractions, words, numbers of up to three digits, punctuation, blanks.
+# Where Llama 3 splits: contractions, words, up to three digits, punctuation, blanks.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -62,7 +62,7 @@ def get_tokenizer(name):
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": 256})
     if Path(name).is_file():
-        # (tiktoken.load would keep a copy of the file, and read that even if the file is new.)
+        # (tiktoken.load would read a copy that it keeps, even where the file is new.)
         pairs = [line.split() for line in Path(name).read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
         reserved = [f"<|reserved_{i}|>" for i in range(254)]
@@ -90,7 +90,7 @@ def tokenize(tokenizer, texts):
     return tokenizer.encode_ordinary_batch([text.decode() for text in texts])   # on all cores
 
 
-# --- Sources: files, and the documents in them ---------------------------------------------
+# --- Sources: files, and the documents in them ------------
 
 
 def find_files(source):
@@ -100,7 +100,7 @@ def find_files(source):
     if Path(source).is_file():
         return [Path(source)]
     known = source in PYTHON
-    roots = [sysconfig.get_path(name) for name in PYTHON[source]] if known else [source]
+    roots = [sysconfig.get_path(place) for place in PYTHON.get(source, [])] or [source]
     found = []
     for root in roots:
         for path in sorted(Path(root).rglob("*.py" if known else "*")):
@@ -136,8 +136,7 @@ def documents(path, errors):
     # utf-8-sig: without a byte order mark. newline: as the file has them.
     with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
         if path.suffix in (".json", ".jsonl"):
-            for line in file:
-                yield json.loads(line)["text"]
+            yield from (json.loads(line)["text"] for line in file)
             return
 
         limit = LONGEST if path.suffix in (".py", ".md") else SECTION
@@ -163,9 +162,9 @@ def sections(text, limit):
 
 
 def read_all(paths, tokenizer, tabs):
-    """The documents of all files as bytes, without blank ones. tabs: of four blanks, which else
-    were the commonest chunk of code by far, and would flatter BrierLM."""
-    # For the byte tokenizer bytes that are not UTF-8 pass through a string as they are.
+    """The documents of all files as bytes, without blank ones. tabs: of four blanks, in code the
+    commonest chunk by far, which flatters BrierLM."""
+    # For the byte tokenizer bytes that are not UTF-8 pass through as they are.
     errors = "surrogateescape" if tokenizer == "bytes" else "strict"
     for path in paths:
         try:
@@ -177,7 +176,7 @@ def read_all(paths, tokenizer, tabs):
             raise SystemExit(f"{path} is not UTF-8: only --tokenizer bytes takes any bytes")
 
 
-# --- Preparing -----------------------------------------------------------------------------
+# --- Preparing --------------------------------------------
 
 
 def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
@@ -195,7 +194,7 @@ def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
     val_fraction = 1 if sources[0] == "wikitext103-test" else val_fraction
     meta = {"tokenizer": str(Path(tokenizer).resolve()) if Path(tokenizer).is_file() else tokenizer,
             "vocab_size": enc.n_vocab, "border": border_token(enc),
-            "dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32"}
+            "dtype": np.min_scalar_type(enc.n_vocab).name}   # uint16 or uint32
 
     with tempfile.TemporaryDirectory(dir=DATA_DIR) as partial:
         write_splits(Path(partial), texts, enc, meta, val_fraction)
@@ -213,13 +212,14 @@ def write_splits(folder, texts, enc, meta, val_fraction):
     them. The fingerprint is a checksum of all tokens."""
     meta |= {"documents": 0, "train_tokens": 0, "val_tokens": 0, "fingerprint": 0}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        files = {"train": train, "val": val}
         while batch := list(islice(texts, 256)):
             for text, ids in zip(batch, tokenize(enc, batch)):
                 # In [0, 1), made from the document alone, as good as random.
                 fraction = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
                 split = "val" if fraction < val_fraction else "train"
                 written = np.concatenate([[meta["border"]], ids]).astype(meta["dtype"]).tobytes()
-                (val if split == "val" else train).write(written)
+                files[split].write(written)
                 meta["fingerprint"] = zlib.crc32(written, meta["fingerprint"])
                 meta[f"{split}_tokens"] += 1 + len(ids)
                 meta["documents"] += 1
@@ -228,7 +228,7 @@ def write_splits(folder, texts, enc, meta, val_fraction):
                          "give more, or another --val_fraction, the share that is held out")
 
 
-# --- Reading back --------------------------------------------------------------------------
+# --- Reading back -----------------------------------------
 
 
 class TokenData:
@@ -271,8 +271,8 @@ class TokenData:
     def check_length(self, split, length):
         """End the program if a split is shorter than a window."""
         if self.meta[f"{split}_tokens"] < length:
-            raise SystemExit(f"too little text: {self.folder}/{split}.bin is shorter than a window "
-                             f"of {length} tokens: prepare more, or lower --block_size")
+            raise SystemExit(f"too little text: {self.folder}/{split}.bin is shorter than a "
+                             f"window of {length} tokens: prepare more, or lower --block_size")
 
 
 def main():

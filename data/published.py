@@ -1,5 +1,5 @@
 """
-A directory as the authors publish a model (config.json, pytorch_model.bin) -> our names and sizes.
+A model as the authors publish it (config.json, pytorch_model.bin) -> our names and sizes.
 `load_official` in sample.py makes a model of them. Nothing here is needed to understand CALM.
 """
 import json
@@ -7,11 +7,11 @@ import re
 
 import torch
 
-# Names of tensors, theirs -> ours, where they differ: regular expressions, applied in this order.
+# Names of tensors, theirs -> ours, where they differ: regular expressions, in this order.
 TENSOR_NAMES = {
     r"^(.*\.)?(?=(en|de)coder\.)": "autoencoder.",
     r"transformer\.embed_tokens": "embed_tokens",
-    # Their energy model has its head under two names, and a saved file may have either, or both.
+    # Their energy model has its head under two names: a file may have either, or both.
     r"mlp_generator|generative_head(\.net)?": "head",
     r"time_embed\.mlp": "time_embed",
 }
