@@ -59,16 +59,18 @@ def sample_ngrams(model, tokens, starts, S, **sampling):
     """Draw S n-grams of four tokens at each start, given the window before it: tokens (B, W),
     starts are positions in the window, multiples of K -> (S, B, len(starts), 4)."""
     K = model.chunk_size
-    steps = math.ceil(4 / K)                                   # chunks in an n-gram
+    steps = math.ceil(4 / K)                             # chunks in an n-gram
     cache = KVCache(model.config.block_size)
-    hidden = model.hidden(tokens[:, :-K].repeat(S, 1), cache)  # (S*B, W/K - 1, D)
+    hidden = model.hidden(tokens[:, :-K], cache)         # (B, W/K - 1, D)
+    for layer, kv in cache.layers.items():               # from now on S*B rows
+        cache.layers[layer] = kv.repeat(1, S, 1, 1, 1)
     ngrams = []
     # From the last start to the first: what is drawn at a start overwrites the cache after it,
     # where an earlier start does not look.
     for start in reversed(starts):
         cache.length = start // K
-        h = hidden[:, start // K - 1]                          # it predicts the chunk at start
-        drawn = [next_chunks(model, h, **sampling)[0]]         # (S*B, K)
+        h = hidden[:, start // K - 1]                    # it predicts the chunk at start
+        drawn = [next_chunks(model, h, S, **sampling).flatten(0, 1)]     # (S*B, K)
         for _ in range(steps - 1):
             h = model.hidden(drawn[-1], cache)[:, -1]
             drawn.append(next_chunks(model, h, **sampling)[0])
@@ -85,7 +87,7 @@ def default_stride(K):
 
 
 @torch.inference_mode()
-def evaluate(model, data, machine, windows=375, stride=None, context=None, S=4, batch_size=4,
+def evaluate(model, data, machine, windows=375, stride=None, context=None, S=8, batch_size=4,
              seed=0, progress=False, **sampling):
     """Score n-grams all over the validation split -> results (dict), and what they rest on, a
     row for each document (documents, 9): how many n-grams begin in it, their hits and collisions.
@@ -227,7 +229,7 @@ def main():
     add = parser.add_argument
     add("--data", help="a data set in data/, by default that of training")
     add("--windows", type=int, default=375, help="how many, spread evenly over the text")
-    add("--num_draws", type=int, default=4, help="S: samples of each n-gram")
+    add("--num_draws", type=int, default=8, help="S: samples of each n-gram")
     add("--stride", type=int, help="tokens from one n-gram's start to the next; default 16")
     add("--against", metavar="RUN", help="compare with another run, or its calm.pt or ar.pt")
     add("--judge", metavar="RUN", help="whose ar.pt reads the text; by default --out_dir's")

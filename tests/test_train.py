@@ -156,8 +156,8 @@ def test_the_checkpoint_is_written_before_the_evaluation_which_takes_no_larger_b
     monkeypatch.setattr(train.AR, "hidden", hidden)
     with pytest.raises(MemoryError):
         fit(tmp_path, "--model", "ar", "--batch_size", 3)
-    # One to count FLOPs, ten steps, 16 windows by three; then three windows with four samples.
-    assert sizes == [1, *[3] * 15, 1, *[4 * 3] * 14]
+    # One to count FLOPs, ten steps, 16 windows by three; then three windows, with eight samples.
+    assert sizes == [1, *[3] * 15, 1, 3, *[8 * 3] * 9, 3, *[8 * 3] * 3]
     assert checkpoint_of(tmp_path, "ar")["step"] == 10
 
 
