@@ -1,7 +1,7 @@
 """
 The chunk autoencoder (section 2 of the paper): K tokens -> one vector -> the same K tokens.
 
-    python autoencoder.py --out_dir out/stdlib    # how robust are the vectors of a trained one?
+    python autoencoder.py --out_dir out/stdlib    # how robust are its vectors?
 
 Each chunk is encoded on its own, without context. Its posterior, a Gaussian over vectors,
 depends on its K tokens alone. So it is a fixed target for CALM (calm.py).
@@ -10,8 +10,8 @@ A generative model never hits a vector exactly, so a vector *near* the right one
 to the right tokens, too. Three regularisers in training see to that: a clipped KL term,
 dropout on the vector, and masked input tokens.
 
-Shapes: K tokens in a chunk, V vocabulary, H width, L latent size; (...) is any leading
-dimensions. Layers are named as in the authors' checkpoints.
+Shapes: K tokens in a chunk, V vocabulary, H width (not that of CALM), L latent size; (...) is
+any leading dimensions. Layers are named as in the authors' checkpoints.
 """
 from dataclasses import dataclass
 
@@ -22,10 +22,10 @@ import torch.nn.functional as F
 
 @dataclass
 class AutoencoderConfig:
-    """Sizes and regularisers. The defaults are the paper's, but for the vocabulary: bytes."""
+    """Sizes and regularisers. The defaults are the paper's, except the vocabulary: bytes."""
     vocab_size: int = 257      # V: 256 bytes and end-of-text
     chunk_size: int = 4        # K: tokens in a chunk
-    latent_dim: int = 128      # L: size of a chunk's vector; the paper uses 32 K
+    latent_dim: int = 128      # L: size of a chunk's vector; the paper uses 32 * K
     n_embd: int = 512          # H: width
     n_ff: int = 1280           # width of the SwiGLU
     n_layer: int = 2           # blocks per side: half see single tokens, half the whole chunk
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's mirror image. Its output layer is the encoder's embedding (tied weights)."""
+    """The encoder's mirror image. Its output layer is the encoder's embedding."""
 
     def __init__(self, config):
         super().__init__()
@@ -134,7 +134,7 @@ class Autoencoder(nn.Module):
         self.apply(init_weights)
 
     def encode(self, chunks):
-        """Tokens (..., K) -> mean, log_std (..., L) of the posterior N(mean, std^2), in float32."""
+        """Tokens (..., K) -> mean, log_std (..., L) of the posterior, in float32."""
         mean, log_std = self.encoder(chunks)
         return mean.float(), log_std.float()
 
@@ -153,7 +153,7 @@ class Autoencoder(nn.Module):
     def loss(self, tokens):
         """The training objective (section 2.2): tokens (..., T*K) -> loss (a scalar), metrics.
 
-        K * cross-entropy + beta * KL, both summed over a chunk and averaged over chunks, in nats.
+        K * cross-entropy (a mean over tokens, so times K) + beta * KL: nats for a chunk.
 
         The KL term pulls every posterior towards N(0, 1), which keeps the space of vectors
         smooth. But a dimension that is pulled all the way *is* N(0, 1), for every chunk: it has
@@ -201,7 +201,7 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# --- Run it: how robust are the vectors? ------------------
+# --- Run it: how robust are the vectors? ---
 
 
 @torch.no_grad()
@@ -221,12 +221,12 @@ def describe_vectors(model, chunks):
         print(f"{name:30} {right.float().mean():14.3%} {right.all(-1).float().mean():14.3%}")
 
     kl = kl_to_normal(mean, log_std).mean(0)  # of each dimension, (L,)
-    print(f"\nKL {kl.sum():.1f} nats a chunk; in use (KL above 0.1): {(kl > 0.1).sum()} of the "
-          f"{len(kl)} dimensions; the posterior's mean sigma: {log_std.exp().mean():.3f}")
+    print(f"\nKL {kl.sum():.1f} nats a chunk; {(kl > 0.1).sum()} of the {len(kl)} dimensions have "
+          f"over 0.1; the posterior's mean sigma: {log_std.exp().mean():.3f}")
 
 
 def main():
-    import argparse
+    import argparse   # here, for the method above needs torch alone
     from pathlib import Path
 
     from data.machine import load_checkpoint

@@ -6,7 +6,7 @@ A training step in five lines (`python calm.py` takes a line of text through the
     chunks of K tokens        -> one input vector each       CALM.inputs
     input vectors             -> hidden states h_t           Transformer
     h_t and noise             -> N samples z of a vector     EnergyHead.sample
-    the true chunk t+1        -> M samples y of its vector   the frozen autoencoder's posterior
+    the true chunk t+1        -> M samples y of its vector   N(mean, std^2) of the frozen encoder
     the samples z and y       -> loss                        energy_score
 
 Read it from here to AR, the token-by-token baseline. Two slower heads and costs come after.
@@ -31,45 +31,45 @@ from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, init_w
 
 @dataclass
 class CALMConfig:
-    """Sizes of a CALM. The defaults are the paper's CALM-S, but for the vocabulary: bytes.
-    Smaller models have other numbers, also for N, M and alpha: the presets in train.py."""
-    vocab_size: int = 257          # V: 256 bytes and end-of-text
-    chunk_size: int = 4            # K: tokens in a chunk
-    latent_dim: int = 128          # L: size of a chunk's vector
-    n_embd: int = 768              # D: width
-    n_ff: int = 2048               # width of the SwiGLU
-    n_layer: int = 12              # blocks of the Transformer
-    n_head: int = 16               # attention heads
-    n_head_layer: int = 3          # blocks of the generative head; the paper takes n_layer / 4
-    n_noise: int = 64              # size of the energy head's noise
-    block_size: int = 2048         # context in chunks
-    num_samples: int = 8           # N: samples of the head per position in training
-    num_targets: int = 100         # M: samples of the posterior per position
-    alpha: float = 1.0             # exponent of the energy score, in (0, 2)
+    """Sizes of a CALM. The defaults are the paper's CALM-S, except the vocabulary: bytes.
+    Presets in train.py have others, also for N, M, alpha; its --help shows these comments."""
+    vocab_size: int = 257     # V: 256 bytes and end-of-text
+    chunk_size: int = 4       # K: tokens in a chunk
+    latent_dim: int = 128     # L: size of a chunk's vector
+    n_embd: int = 768         # D: width
+    n_ff: int = 2048          # width of the SwiGLU
+    n_layer: int = 12         # blocks of the Transformer
+    n_head: int = 16          # attention heads
+    n_head_layer: int = 3     # blocks of the generative head; in the paper n_layer / 4
+    n_noise: int = 64         # size of the energy head's noise
+    block_size: int = 2048    # context in chunks
+    num_samples: int = 8      # N: samples of the head per position in training
+    num_targets: int = 100    # M: samples of the posterior per position
+    alpha: float = 1.0        # exponent of the energy score, in (0, 2)
     input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # tokens, latents, both
-    head: str = "energy"           # generative head, a name in HEADS
-    num_evals: int = 0             # evaluations per sample of a slow head; 0: its default
-    aux_weight: float = 0.0        # weight of CALM.auxiliary_loss: ours, not the paper's
+    head: str = "energy"      # generative head, a name in HEADS
+    num_evals: int = 0        # network calls per sample of flow, diffusion; 0: 20, 100
+    aux_weight: float = 0.0   # weight of CALM.auxiliary_loss: ours, not the paper's
 
 
 @dataclass
 class ARConfig:
     """Sizes of the token-by-token baseline. The defaults are the paper's Transformer-S."""
-    vocab_size: int = 257          # V
-    n_embd: int = 768              # D
+    vocab_size: int = 257     # V
+    n_embd: int = 768         # D
     n_ff: int = 2048
     n_layer: int = 12
     n_head: int = 16
-    block_size: int = 2048         # context in tokens
+    block_size: int = 2048    # context in tokens
 
 
-# --- The Transformer (section 3.3), which is LLaMA's ------
+# --- The Transformer (section 3.3), which is LLaMA's ---
 
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # On the CPU, even where load_official builds a model on the meta device, without numbers:
-    # a checkpoint then brings all numbers, but not these.
+    # Always on the CPU: load_official builds on the meta device, without numbers, and no
+    # checkpoint holds these tables.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)  # (positions, hs)
@@ -96,7 +96,7 @@ class KVCache:
             B, nh, _, hs = k.shape
             self.layers[layer] = k.new_zeros(2, B, nh, self.block_size, hs)
         end = self.length + k.shape[2]
-        self.layers[layer][..., self.length:end, :] = torch.stack([k, v])  # length moves later
+        self.layers[layer][..., self.length:end, :] = torch.stack([k, v])  # length: Transformer
         return self.layers[layer][..., :end, :]
 
 
@@ -167,11 +167,11 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-# --- The energy head (section 3.2) ------------------------
+# --- The energy head (section 3.2) ---
 
 
 class EnergyBlock(nn.Module):
-    """x + down_proj(silu(g) * u), where g and u are the halves of an MLP of [LayerNorm(x), c]."""
+    """x + down_proj(silu(g) * u), with g and u the halves of MLP([LayerNorm(x), c])."""
 
     def __init__(self, D):
         super().__init__()
@@ -182,7 +182,7 @@ class EnergyBlock(nn.Module):
 
     def forward(self, x, c):
         """x (N, ..., D), one per sample; c (..., D), the condition, one for all N samples."""
-        # W [norm(x), c] + b = W_x norm(x) + (W_c c + b): the bracket is made once for all N.
+        # W [norm(x), c] + b = W_x norm(x) + W_c c + b, where W_c c + b is made once for all N.
         first = self.linears[0]
         W_x, W_c = first.weight.chunk(2, dim=1)          # (D, D) each
         mixed = F.linear(self.in_ln(x), W_x) + F.linear(c, W_c, first.bias)
@@ -216,14 +216,14 @@ class EnergyHead(nn.Module):
         self.mlp_blocks = nn.ModuleList([EnergyBlock(D) for _ in range(config.n_head_layer)])
         self.final_layer = FinalLayer(D, config.latent_dim)
         self.apply(init_weights)
-        nn.init.zeros_(self.final_layer.linears[2].weight)  # every z is 0 before training
+        nn.init.zeros_(self.final_layer.linears[2].weight)  # at first z is 0, whatever the noise
 
     def sample(self, h, n, noise=None, noise_scale=1.0):
         """n samples given h (..., D) -> z (n, ..., L).
 
-        noise (n, ..., n_noise): uniform in [-0.5, 0.5], drawn here unless given.
-        noise_scale, from 0 to 1: ours, not the paper's. With less noise the samples differ less
-        and decode to likelier chunks, as at a low temperature, for free.
+        noise (n, ..., n_noise): uniform in [-0.5, 0.5], drawn here unless given. noise_scale,
+        from 0 to 1: ours, not the paper's. It scales the path past the blocks (their LayerNorm
+        undoes it). The text gets likelier, and less varied, as at a low temperature, for free.
         """
         if noise is None:
             noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5
@@ -237,7 +237,7 @@ class EnergyHead(nn.Module):
         """Equation 12: h (P, D); mean, log_std (P, L) of the next chunk's posterior -> (P,).
 
         The gradient flows through the samples: from the score into each z, and from z into
-        the weights that made it of noise. So a head needs no likelihood.
+        the weights of the head. So it needs no likelihood.
         """
         z = self.sample(h, self.config.num_samples)  # (N, P, L)
         y = posterior_samples(mean, log_std, self.config.num_targets)  # (M, P, L)
@@ -250,14 +250,13 @@ def energy_score(z, y, alpha=1.0):
         2/(N M) sum_{n,m} |z_n - y_m|^alpha  -  1/(N (N-1)) sum_{n != i} |z_n - z_i|^alpha
 
     The first term pulls the samples to the targets, the second keeps them apart. Why this
-    trains a distribution: averaged over all draws, and less E|y - y'|^alpha, which the model
-    cannot change, it is
+    trains a distribution: its mean over all draws, minus the constant E|y - y'|^alpha, is
 
         2 E|z - y|^alpha - E|z - z'|^alpha - E|y - y'|^alpha,
 
-    the energy distance between the law of z and that of y: for 0 < alpha < 2 at least 0, and
-    0 only if the two laws are equal. The text shows one next chunk after each h, but similar h
-    are followed by different chunks: the law of y is that of all chunks that can follow.
+    the energy distance between the distributions of z and of y: for 0 < alpha < 2 at least 0,
+    and 0 only if the two are equal. The text shows one next chunk after each h, but similar h
+    are followed by different chunks: y is distributed over all chunks that can follow.
     """
     N = len(z)
     with torch.autocast(z.device.type, enabled=False):
@@ -272,7 +271,7 @@ def distances(x, y, alpha):
     """|x_n - y_m|^alpha: x (P, N, L), y (P, M, L) -> (P, N, M).
 
     |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. Its price: below
-    about |x| / 1000 it is rounding. Below 1e-5 a distance counts as 1e-5, with gradient 0.
+    |x| / 1000 distances are rounding errors; below 1e-5 they count as 1e-5, with gradient 0.
     """
     x2 = torch.linalg.vector_norm(x, dim=-1) ** 2  # (P, N), less memory than x ** 2
     y2 = torch.linalg.vector_norm(y, dim=-1) ** 2  # (P, M)
@@ -280,11 +279,11 @@ def distances(x, y, alpha):
     return squares.clamp_min(1e-10) ** (alpha / 2)
 
 
-# --- The two models, over chunks and over tokens ----------
+# --- The two models, over chunks and over tokens ---
 
 
 class CALM(nn.Module):
-    """Reads chunks, draws the vector of the next one, decodes it with the frozen autoencoder."""
+    """Reads chunks, draws the vector of the next one, decodes it by the autoencoder."""
 
     def __init__(self, config, autoencoder):
         super().__init__()
@@ -308,7 +307,7 @@ class CALM(nn.Module):
             self.aux = nn.Linear(D, K * config.vocab_size)
         self.apply(init_weights)                              # all of the above
         self.head = HEADS[config.head](config)                # it initialises itself
-        self.autoencoder = autoencoder.requires_grad_(False)  # it is trained already
+        self.autoencoder = autoencoder.requires_grad_(False)  # frozen
 
     def train(self, mode=True):
         """As nn.Module.train, but the frozen autoencoder always stays in eval mode."""
@@ -344,7 +343,7 @@ class CALM(nn.Module):
 
     def sample_chunks(self, h, n, noise_scale=1.0):
         """n next chunks given each h (..., D) -> tokens (n, ..., K)."""
-        scale = {} if noise_scale == 1 else {"noise_scale": noise_scale}   # EnergyHead's alone
+        scale = {} if noise_scale == 1 else {"noise_scale": noise_scale}   # of EnergyHead only
         return self.autoencoder.tokens(self.head.sample(h, n, **scale))
 
     def latent_inputs(self, chunks):
@@ -395,11 +394,11 @@ class AR(nn.Module):
         return torch.multinomial(p, n, replacement=True).T[..., None]
 
 
-# --- Two slower heads (section 3.2, figure 8) -------------
+# --- Two slower heads (section 3.2, figure 8) ---
 
 
 class AdaLNBlock(nn.Module):
-    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), all three made from the condition c."""
+    """x + gate * MLP(LayerNorm(x) * (1 + scale) + shift), all three made from c."""
 
     def __init__(self, D):
         super().__init__()
@@ -456,14 +455,14 @@ class FlowHead(TimeNet):
 
     def __init__(self, config):
         super().__init__(config, config.latent_dim)
-        self.steps = max(1, (config.num_evals or 20) // 2)  # each evaluates it twice
+        self.steps = max(1, (config.num_evals or 20) // 2)  # a step calls the network twice
 
     def velocity(self, x, t, h):
-        """t (...) is in [0, 1]; the network gets floor(1000 t), as that of the authors does."""
+        """t (...) is in [0, 1]; the network gets floor(1000 t), as the authors' does."""
         return self(x, (1000 * t).floor(), h)
 
     def loss(self, h, mean, log_std):
-        """Mean squared error of the velocity z - x_0 at N random times per position -> (P,)."""
+        """Mean squared error of the velocity z - x_0 at N random times -> (P,)."""
         z = posterior_samples(mean, log_std, self.config.num_samples)  # (N, P, L)
         x_0 = torch.randn_like(z)
         t = torch.rand(z.shape[:2], device=z.device)  # (N, P)
@@ -472,7 +471,7 @@ class FlowHead(TimeNet):
         return error.square().mean(-1).mean(0)
 
     def sample(self, h, n, noise=None):
-        """n samples given h (..., D) -> z (n, ..., L), by midpoint steps from noise (n, ..., L)."""
+        """n samples given h (..., D) -> z (n, ..., L), by midpoint steps from noise."""
         shape = (n, *h.shape[:-1], self.config.latent_dim)
         x = torch.randn(shape, device=h.device) if noise is None else noise
         times = torch.linspace(0, 1, self.steps + 1, device=h.device)
@@ -545,7 +544,7 @@ class DiffusionHead(TimeNet):
         return squared_error, bits
 
     def loss(self, h, mean, log_std):
-        """The sum of both terms, as the authors do, at N random times per position -> (P,)."""
+        """The sum of both terms, as the authors do, at N random times -> (P,)."""
         z = posterior_samples(mean, log_std, self.config.num_samples)  # (N, P, L)
         t = torch.randint(1000, z.shape[:2], device=z.device)  # (N, P)
         squared_error, bits = self.terms(z, torch.randn_like(z), t, h)
@@ -571,7 +570,7 @@ class DiffusionHead(TimeNet):
 HEADS = {"energy": EnergyHead, "flow": FlowHead, "diffusion": DiffusionHead}
 
 
-# --- What everything costs --------------------------------
+# --- What everything costs ---
 
 
 def flops_per_token(config, autoencoder_config=None):
@@ -593,13 +592,14 @@ def flops_per_token(config, autoencoder_config=None):
 
         encode, decode = autoencoder_flops(autoencoder_config)
         model = CALM(config, Autoencoder(autoencoder_config)).to("meta")
-        context = config.block_size * config.chunk_size  # in tokens
-        hidden = count_flops(model.hidden, torch.zeros(1, context).long()) / context
+        chunks = torch.zeros(config.block_size, config.chunk_size).long()  # a context
+        hidden = count_flops(model.hidden, chunks.view(1, -1)) / chunks.numel()
         aux = 0.0
         if config.aux_weight > 0:
-            aux = 2 * model.aux.weight.numel() / math.ceil(config.vocab_size / 4096)
+            h = torch.zeros(config.block_size, config.n_embd)
+            aux = count_flops(model.auxiliary_loss, h, chunks) / config.block_size
 
-    # The head is counted with numbers, at one position: one of your own may read them.
+    # The head is counted with numbers, at one position: a head of your own may look at them.
     head = HEADS[config.head](config)
     h = torch.zeros(1, config.n_embd)
     mean = torch.zeros(1, config.latent_dim)
@@ -624,7 +624,7 @@ def autoencoder_flops(config):
     return encode, decode
 
 
-# --- Run it: the shapes of a training step ----------------
+# --- Run it: the shapes of a training step ---
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@ BrierLM: how well does a model predict, judged from its samples alone (section 4
 
     python eval_brier.py                               # the default run: BrierLM, and its text
     python eval_brier.py --against out/stdlib/ar.pt    # is it better than another model?
-    for T in 1 0.65 0.5; do python eval_brier.py --temperature $T; done    # the frontier
+    for T in 1 0.65 0.5; do python eval_brier.py --temperature $T; done    # figures 10, 11
 
 The Brier score of a forecast p for an outcome t is 2 p(t) - sum_x p(x)^2. On average it is
 highest when p is the truth. It needs no probabilities: p(t) is how often a sample equals t,
@@ -29,18 +29,18 @@ from sample import (add_model_flags, check_text, generate, load, load_model, nex
                     sampling_of)
 
 
-# --- The score --------------------------------------------
+# --- The score ---
 
 
 def hit_and_collision(samples, targets):
-    """How often a sample a equals the target t, E[1[a = t]], and another sample b, E[1[a = b]],
-    in the first n = 1..4 tokens: samples (S, P, >=4), targets (P, >=4) -> (P, 4), (P, 4)."""
+    """Samples (S, P, >=4), targets (P, >=4) -> how often a sample equals the target, and how
+    often another sample, in its first n = 1..4 tokens: (P, 4), (P, 4)."""
     S = len(samples)
     samples = samples[..., :4]
     # The cumulative product over tokens is 1 as long as all tokens so far are equal.
     hit = (samples == targets[..., :4]).cumprod(-1).float().mean(0)  # (P, 4)
     pairs = sum((a == samples).cumprod(-1).sum(0) for a in samples)   # (P, 4), one a at a time
-    return hit, (pairs - S) / (S * (S - 1))  # without a sample and itself
+    return hit, (pairs - S) / (S * (S - 1))  # not with itself
 
 
 def brier_ngram(samples, targets):
@@ -59,18 +59,18 @@ def sample_ngrams(model, tokens, starts, S, **sampling):
     """Draw S n-grams of four tokens at each start, given the window before it: tokens (B, W),
     starts are positions in the window, multiples of K -> (S, B, len(starts), 4)."""
     K = model.chunk_size
-    steps = math.ceil(4 / K)                             # chunks in an n-gram
+    steps = math.ceil(4 / K)                      # chunks in an n-gram
     cache = KVCache(model.config.block_size)
-    hidden = model.hidden(tokens[:, :-K], cache)         # (B, W/K - 1, D)
-    for layer, kv in cache.layers.items():               # from now on S*B rows
+    hidden = model.hidden(tokens[:, :-K], cache)  # (B, W/K - 1, D)
+    for layer, kv in cache.layers.items():        # from now on S*B rows
         cache.layers[layer] = kv.repeat(1, S, 1, 1, 1)
     ngrams = []
     # From the last start to the first: what is drawn at a start overwrites the cache after it,
     # where an earlier start does not look.
     for start in reversed(starts):
         cache.length = start // K
-        h = hidden[:, start // K - 1]                    # it predicts the chunk at start
-        drawn = [next_chunks(model, h, S, **sampling).flatten(0, 1)]     # (S*B, K)
+        h = hidden[:, start // K - 1]             # it predicts the chunk at start
+        drawn = [next_chunks(model, h, S, **sampling).flatten(0, 1)]  # (S*B, K)
         for _ in range(steps - 1):
             h = model.hidden(drawn[-1], cache)[:, -1]
             drawn.append(next_chunks(model, h, **sampling)[0])
@@ -78,7 +78,7 @@ def sample_ngrams(model, tokens, starts, S, **sampling):
     return torch.stack(ngrams[::-1], dim=1).unflatten(0, (S, -1))
 
 
-# --- The score of a data set, with its error --------------
+# --- The score of a data set, with its error ---
 
 
 def default_stride(K):
@@ -89,8 +89,8 @@ def default_stride(K):
 @torch.inference_mode()
 def evaluate(model, data, machine, windows=375, stride=None, context=None, S=8, batch_size=4,
              seed=0, progress=False, **sampling):
-    """Score n-grams all over the validation split -> results (dict), and what they rest on, a
-    row for each document (documents, 9): how many n-grams begin in it, their hits and collisions.
+    """Score n-grams of the validation split -> results (dict), and a row for each document,
+    (documents, 1 + 4 + 4): its number of n-grams, the sums of their hits and collisions.
 
     windows: how many, of `context` tokens. stride: from one n-gram to the next. With the same
     stride and context all models are scored at the same n-grams. S: samples of each.
@@ -133,7 +133,7 @@ def bootstrap(rows):
 
 def with_error(values, valid=True):
     """A statistic of the text and of the bootstrap's texts (1001,) -> its value, its standard
-    error. None where that says nothing: for one document, or unless all are `valid`."""
+    error. The error is None with one document, or if any text is not `valid`."""
     error = float(values[1:].std())
     return float(values[0]), error if error > 1e-9 and np.all(valid) else None
 
@@ -182,7 +182,7 @@ def plus_minus(value, error):
     return f"{value:.4g} +- " + ("?" if error is None else f"{error:.3g}")
 
 
-# --- Beside the score: what BrierLM cannot see ------------
+# --- Beside the score: what BrierLM cannot see ---
 
 
 def distinct(texts, n=4):
@@ -202,7 +202,7 @@ def bits_per_token(judge, texts, begin):
 
 
 @torch.inference_mode()
-def read_texts(model, judge, data, machine, texts=64, seed=0, **sampling):
+def judge_texts(model, judge, data, machine, texts=64, seed=0, **sampling):
     """Held-out beginnings, as they go on in truth and as the model continues them
     -> {"real": ..., "model": ...}, with distinct-4 and, if there is a judge, bits per token."""
     K = model.chunk_size
@@ -220,7 +220,7 @@ def read_texts(model, judge, data, machine, texts=64, seed=0, **sampling):
     return found
 
 
-# --- Run it -----------------------------------------------
+# --- Run it ---
 
 
 def main():
@@ -266,10 +266,10 @@ def main():
         for name, (value, error) in result["against"].items():
             print(f"{name:8} {plus_minus(value, error)}")
 
-    judge = model if args.model == "ar" else None
+    judge = None
     if args.judge or (not args.official and Path(args.out_dir, "ar.pt").is_file()):
         judge = load_model(args.judge or args.out_dir, "ar")[0].to(machine.device)
-    result["text"] = read_texts(model, judge, data, machine, seed=args.seed, **sampling)
+    result["text"] = judge_texts(model, judge, data, machine, seed=args.seed, **sampling)
     for name, found in result["text"].items():
         print(f"{name:8} " + ", ".join(f"{what} {value:.3f}" for what, value in found.items()))
     if args.json:

@@ -4,7 +4,7 @@ and the loading of a trained model.
 
     python sample.py --start "def main(" --noise 0.25 --chunks
 
-A softmax is sharpened by dividing its logits by a temperature. CALM has no logits, only samples.
+A softmax is sharpened by dividing its logits by a temperature. CALM has only samples.
 But n samples are all the same chunk x with probability p(x)^n: if they are, x is a draw at
 temperature 1/n. A low temperature is a matter of drawing more, and of keeping what repeats.
 
@@ -27,7 +27,7 @@ from data.prepare import DEFAULT_DATA, border_token, get_tokenizer
 from data.published import read_official
 
 
-# --- Temperature without likelihoods (section 5) ----------
+# --- Temperature without likelihoods (section 5) ---
 
 
 def temperature_exact(samples, temperature):
@@ -36,10 +36,8 @@ def temperature_exact(samples, temperature):
     samples: an iterator of independent draws from p, which can be compared -> one of them
 
     Let 1/temperature be n + a, with n whole and a in [0, 1). If the first n samples are all x,
-    then x is a draw from p^n. The loop over i keeps it with probability p(x)^a. (With q = 1 -
-    p(x), it reaches sample i with probability q^(i-1) prod_{j<i} (1 - a/j). By the binomial
-    series these sum to (1 - q)^(a-1) = p(x)^(a-1); each sample is x with probability p(x).)
-    It takes few samples where one chunk is likely, and millions where none is (theorem 2).
+    then x is a draw from p^n. The loop over i keeps it with probability p(x)^a. This takes few
+    samples where one chunk is likely, and millions where none is (theorem 2).
     """
     n = math.floor(1 / temperature)
     a = 1 / temperature - n
@@ -49,6 +47,8 @@ def temperature_exact(samples, temperature):
             continue
         if a == 0:
             return x
+        # Why p(x)^a: with q = 1 - p(x), sample i is reached with probability q^(i-1) prod_{j<i}
+        # (1 - a/j). By the binomial series these sum to (1 - q)^(a-1); times p(x), that is it.
         for i in itertools.count(1):
             if next(samples) == x:
                 return x
@@ -57,11 +57,12 @@ def temperature_exact(samples, temperature):
 
 
 def temperature_batch(samples, temperature):
-    """Algorithm 2: pick one of N candidates, for any temperature in (0, 1]: samples
-    (N, batch, K), draws from p -> tokens (batch, K), draws from p^(1/temperature) / Z, with a bias
-    that vanishes as N grows.
+    """Algorithm 2: pick one of N candidates, about as p^(1/temperature) / Z would, for any
+    temperature in (0, 1]. The bias vanishes as N grows.
 
-    First for 1/temperature = n, a whole number. Let a chunk be c times among the candidates.
+    samples (N, batch, K), draws from p -> tokens (batch, K)
+
+    First for 1/temperature = n, a whole number. Let a chunk occur c times among the candidates.
     There are C(c, n) ways to take n of its copies, so it is picked with a weight of C(c, n).
     For example, N = 6 candidates a a a b b c at a temperature of 1/2:
 
@@ -77,7 +78,7 @@ def temperature_batch(samples, temperature):
     key = samples[..., 0]                                   # a hash of each chunk
     for token in samples.unbind(-1)[1:]:
         key = key * 1_000_003 + token
-    # How often each candidate's chunk is there. (All pairs at once would take gigabytes.)
+    # How often each candidate's chunk occurs. (All pairs at once: N x N x batch numbers.)
     c = sum((key == x).long() for x in key).cpu().double()  # (N, batch)
     s = c.amax(0).clamp_max(1 / temperature)                # (batch,)
     log_C = (c + 1).lgamma() - (c - s + 1).lgamma()         # G(s + 1) is the same for all
@@ -90,7 +91,7 @@ def temperature_batch(samples, temperature):
 def next_chunks(model, h, n=1, temperature=1.0, num_candidates=64, exact=False, noise_scale=1.0):
     """n next chunks for each h (B, D) at a temperature in (0, 1] -> tokens (n, B, K).
 
-    Below 1, CALM takes Algorithm 2 with so many candidates or, if `exact`, Algorithm 1.
+    Below 1, CALM takes Algorithm 2 with num_candidates or, if `exact`, Algorithm 1.
     noise_scale: see EnergyHead.sample. AR needs none of these; it divides its logits.
     """
     if isinstance(model, AR):
@@ -114,14 +115,15 @@ def endless_samples(model, h, noise_scale):
         yield from map(tuple, model.sample_chunks(h, 256, noise_scale).tolist())
 
 
-# --- Generation -------------------------------------------
+# --- Generation ---
 
 
 def whole_chunks(prompt, chunk_size, eot):
     """Prompt (B, length) -> (B, a positive multiple of K): a chunk ends where the prompt ends.
 
     Up to K - 1 tokens at its front are left out: what remains is like the windows of training,
-    which begin anywhere in a text. Only a prompt shorter than a chunk is padded, with eot.
+    which begin anywhere in a text. Only a prompt shorter than a chunk is padded, with `eot`,
+    the border token of data/prepare.py.
     """
     length = prompt.shape[1]
     if length >= chunk_size:
@@ -131,11 +133,8 @@ def whole_chunks(prompt, chunk_size, eot):
 
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, temperature=1.0, eot=None, progress=False, **sampling):
-    """Continue prompt (B, length) -> it and more, (B, length + max_new_tokens). A text that
-    outgrows the context goes on with the last half of it.
-
-    eot: fills up a prompt shorter than a chunk. sampling: arguments of `next_chunks`.
-    """
+    """Continue prompt (B, length) -> prompt and continuation, (B, length + max_new_tokens). Where
+    the context is full, it is cut to its last half. sampling: arguments of `next_chunks`."""
     K = model.chunk_size
     block_size = model.config.block_size  # the context, in chunks
     cache = KVCache(block_size)
@@ -153,17 +152,17 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, eot=None, progress=
 
 
 def show(tokenizer, ids, chunk_size=None):
-    """List of ids -> text, up to the first border token. chunk_size: with a bar before each."""
-    border = border_token(tokenizer)
-    if border in ids:
-        ids = ids[:ids.index(border)]
+    """List of ids -> text, up to the first border token. chunk_size: a bar before each chunk."""
+    eot = border_token(tokenizer)
+    if eot in ids:
+        ids = ids[:ids.index(eot)]
     if chunk_size is None:
         return tokenizer.decode(ids)
     chunks = [ids[i:i + chunk_size] for i in range(0, len(ids), chunk_size)]
     return "".join("|" + tokenizer.decode(chunk) for chunk in chunks)
 
 
-# --- Loading a run's model, or the authors' weights -------
+# --- Loading a run's model, or the authors' weights ---
 
 
 def load_model(out_dir, kind):
@@ -190,7 +189,7 @@ def load_official(folder):
 
 
 def load(args, machine):
-    """The model that the flags below name -> model, checkpoint (None: published)."""
+    """The model that the flags below name -> model, checkpoint (None with --official)."""
     if args.official:
         model = load_official(args.official)
         checkpoint = None
@@ -223,9 +222,9 @@ def add_model_flags(parser):
     add("--model", default="calm", choices=("calm", "ar"), help="which of its models")
     add("--official", metavar="DIR", help="a published model in place of a run")
     add("--temperature", type=float, default=1.0, help="in (0, 1]")
-    add("--num_candidates", type=int, default=64, help="of Algorithm 2, a chunk, below 1")
-    add("--exact", action="store_true", help="Algorithm 1 in its place: as many as it takes")
-    add("--noise", type=float, default=1.0, help="of the energy head: less is likelier, for free")
+    add("--num_candidates", type=int, default=64, help="per chunk, at a temperature below 1")
+    add("--exact", action="store_true", help="exact sampling (slow), in place of candidates")
+    add("--noise", type=float, default=1.0, help="scale of the energy head's noise, 0 to 1")
     add("--seed", type=int, default=0, help="of the samples: same seed, same text")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--dtype", default="auto", choices=DTYPES, help="precision of matrix products")
@@ -235,7 +234,7 @@ def sampling_of(args):
     """The samplers' flags -> arguments of `next_chunks`."""
     T = args.temperature
     if not 0 < T <= 1:
-        raise SystemExit(f"--temperature must be in (0, 1], not {T:g}; --noise 0 is the greedy way")
+        raise SystemExit(f"--temperature must be in (0, 1], not {T:g}: the greedy way is --noise 0")
     if args.model == "calm" and not args.exact and args.num_candidates < 1 / T:
         raise SystemExit(f"--num_candidates {args.num_candidates} is below 1/temperature = "
                          f"{1 / T:.3g}: no chunk can come so often")
@@ -243,7 +242,7 @@ def sampling_of(args):
             "noise_scale": args.noise}
 
 
-# --- Run it -----------------------------------------------
+# --- Run it ---
 
 
 def main():

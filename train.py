@@ -6,7 +6,7 @@ Training: stage 1 is the autoencoder, stage 2 is CALM. (The baseline, AR, has on
     torchrun --nproc_per_node 8 train.py --preset M    # several GPUs, one process each
 
 Every batch and all noise are functions of the seed and the step. So a run that was stopped
-goes on from its last evaluation (--resume) to the same weights, and several processes, which
+goes on (--resume) from its last evaluation to the same weights, and several processes, which
 share the micro-batches of a step, make the same steps as one.
 """
 import argparse
@@ -33,16 +33,16 @@ from sample import check_text, generate, load_model, load_official, show
 KINDS = ("autoencoder", "calm", "ar")   # of models, stages and checkpoints
 
 
-# --- What is trained, and how -----------------------------
+# --- What is trained, and how ---
 
 
 @dataclass
 class TrainConfig:
     """How a stage is trained. The defaults are the paper's (section 6) for CALM."""
-    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for most matrices; AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for most matrices
     lr: float = 3e-4           # peak learning rate of AdamW
     muon_lr: float = 0.01      # peak learning rate of Muon
-    weight_decay: float = 0.1  # of Muon's matrices; without Muon of all matrices
+    weight_decay: float = 0.1  # of matrices; with Muon, of its own
     grad_clip: float = 1.0     # largest norm of the gradient
     warmup_steps: int = 2000   # steps over which the rate rises to its peak
     decay_frac: float = 0.0    # share of the steps, at the end, over which the rate falls to 0
@@ -62,14 +62,13 @@ SMALL = dict(latent_dim=32, n_head_layer=1,
              num_samples=4, num_targets=32, aux_weight=0.5,
              optimizer="muon", warmup_steps=50, decay_frac=0.8, grad_accum=1)
 
-# A preset has defaults for the autoencoder, and for CALM or AR. latent_dim and block_size are
-# for K = 4. lr is AdamW's, which beside Muon trains only token tables, norms and biases.
+# A preset: defaults for the autoencoder, and for CALM or AR. nano is for two cores of a laptop,
+# mini for one GPU. latent_dim and block_size are for K = 4: parse_args scales them. lr is AdamW's,
+# which beside Muon trains only token tables, norms and biases.
 PRESETS = {
-    # Two cores of a laptop, in eight to ten minutes.
     "nano": (SMALL_AUTOENCODER | dict(max_steps=350),
              SMALL | dict(n_layer=4, n_embd=128, n_head=2, n_ff=344, block_size=128,
                           n_noise=16, alpha=0.25, lr=2e-2, batch_size=4, max_steps=5750)),
-    # One GPU: meant for ten minutes, not yet timed from start to end.
     "mini": (SMALL_AUTOENCODER | dict(max_steps=2000),
              SMALL | dict(n_layer=8, n_embd=768, n_head=12, n_ff=2048, n_head_layer=2,
                           block_size=256, alpha=0.5, lr=3e-3, batch_size=32, max_steps=9600)),
@@ -80,7 +79,7 @@ PRESETS = {
 }
 
 
-# --- The flags (to be skipped at first) -------------------
+# --- The flags (to be skipped at first) ---
 
 
 def make_parser():
@@ -119,7 +118,7 @@ def add_fields(parser, config):
 
 
 def parse_args(argv):
-    """The settings of a run -> argparse.Namespace. What is None is the preset's to say."""
+    """The settings of a run -> argparse.Namespace. What is None there is the preset's to say."""
     parser = make_parser()
     args = parser.parse_args(argv)
     out_dir = Path(args.out_dir or f"out/{Path(args.data).name}")
@@ -143,20 +142,19 @@ def parse_args(argv):
 
 def config_of(config, args, kind, **given):
     """A config: the defaults of its class, then of the preset, then flags, then `given`. Flags
-    are for the model that --model names: an autoencoder on the way to CALM has only those that
-    CALM has not, and the sizes of a chunk."""
-    own = {"chunk_size", "latent_dim", "dropout", "token_mask", "kl_weight", "kl_clip"}
+    are for the model that --model names; stage 1 on the way to CALM takes only a few of them."""
+    of_stage_1 = {"chunk_size", "latent_dim", "dropout", "token_mask", "kl_weight", "kl_clip"}
     of_autoencoder, of_model = PRESETS[args.preset]
     settings = dict(of_autoencoder if kind == "autoencoder" else of_model)
     for name, value in vars(args).items():
-        if value is not None and (kind == args.model or name in own):
+        if value is not None and (kind == args.model or name in of_stage_1):
             settings[name] = value
     settings |= given
     names = {field.name for field in fields(config)}
     return config(**{name: value for name, value in settings.items() if name in names})
 
 
-# --- Optimizers -------------------------------------------
+# --- Optimizers ---
 
 
 class Muon(torch.optim.Optimizer):
@@ -208,7 +206,7 @@ def orthogonal(g):
 def make_optimizers(model, config, dtype=torch.float32, compiled=False):
     """AdamW and, if config.optimizer says so, Muon for the matrices -> list. Muon leaves to AdamW
     those with a row for each token: embeddings, the outputs of AR and of the auxiliary loss.
-    (Jordan leaves it all first and last matrices.) dtype: of Muon's products."""
+    (Jordan gives AdamW all first and last matrices.) dtype: of Muon's products."""
     of_tokens = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")
     muon = config.optimizer == "muon"
     matrices = []
@@ -222,7 +220,7 @@ def make_optimizers(model, config, dtype=torch.float32, compiled=False):
             matrices.append(p)
     decay = config.weight_decay
     groups = [dict(params=others, weight_decay=0.0), dict(params=[] if muon else matrices)]
-    adamw = torch.optim.AdamW(groups, config.lr, (0.9, 0.95), 1e-8, decay, fused=True)
+    adamw = torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=decay, fused=True)
     if muon:
         return [adamw, Muon(matrices, config.muon_lr, decay, dtype, compiled)]
     return [adamw]
@@ -230,7 +228,7 @@ def make_optimizers(model, config, dtype=torch.float32, compiled=False):
 
 def set_rates(optimizers, step, config):
     """The schedule of the learning rates: a linear warm-up, constant, then linear to 0."""
-    factor = min(1.0, step / config.warmup_steps)
+    factor = min(1.0, step / max(config.warmup_steps, 1))
     decay_steps = config.decay_frac * config.max_steps
     if decay_steps > 0:
         factor = min(factor, (config.max_steps + 1 - step) / decay_steps)
@@ -239,13 +237,13 @@ def set_rates(optimizers, step, config):
             group["lr"] = factor * peak
 
 
-# --- One step, and the loop over steps --------------------
+# --- One step, and the loop over steps ---
 
 
 def micro_batches(data, seed, machine, kind, step, config, length):
-    """This process's micro-batches of a step -> tokens (batch_size, length), one by one. Windows
-    begin at any token, so the borders of chunks fall anywhere. Each micro-batch seeds torch
-    anew: its noise is the same on any number of processes."""
+    """This process's micro-batches of a step -> tokens (batch_size, length), one by one.
+    Windows begin at any token, so the borders of chunks fall anywhere. Each micro-batch seeds
+    torch anew: its noise is the same on any number of processes."""
     stage = KINDS.index(kind)
     B = config.batch_size
     offsets = data.random_offsets(config.grad_accum * B, length, (seed, stage, step))
@@ -268,8 +266,7 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    # In float16 a gradient that is not finite asks for a smaller scale, and no step. (With
-    # scaler.step each optimizer would decide that alone.)
+    # In float16 a gradient that is not finite asks for a smaller scale, and no step.
     if not scaler.is_enabled() or norm.isfinite():
         for optimizer in optimizers:
             optimizer.step()
@@ -280,8 +277,8 @@ def train_step(model, batches, count, optimizers, scaler, grad_clip, machine):
 
 @torch.no_grad()
 def validate(kind, model, data, machine, batch_size, length):
-    """Loss and BrierLM on fixed validation windows with fixed noise -> dict of metrics. With at
-    most batch_size windows at once: what fits in training fits here."""
+    """Loss and BrierLM on fixed validation windows with fixed noise -> dict of metrics. (At most
+    batch_size at once: what fits in training fits here.)"""
     model.eval()
     offsets = data.even_offsets(16, length)
     slices = []
@@ -299,10 +296,10 @@ def validate(kind, model, data, machine, batch_size, length):
     return found
 
 
-def plan(kind, model, args, data, machine, checkpoint, spent):
+def plan(kind, model, args, data, machine, checkpoint, flops_before):
     """How a stage is trained -> its config, tokens in a window, tokens and FLOPs of a step."""
     config = config_of(TrainConfig, args, kind)
-    if checkpoint and kind != args.model:   # an autoencoder on the way keeps its settings
+    if checkpoint and kind != args.model:   # stage 1 goes on as it began
         config = TrainConfig(**checkpoint["train_config"])
     if config.grad_accum % machine.size != 0:
         raise SystemExit(f"{kind}: --grad_accum {config.grad_accum} must be a multiple of the "
@@ -316,20 +313,20 @@ def plan(kind, model, args, data, machine, checkpoint, spent):
     autoencoder = getattr(model, "autoencoder", None)
     cost = flops_per_token(model.config, autoencoder and autoencoder.config)
     step_flops = cost["train"] * tokens_per_step
-    if args.flops and kind == args.model:
-        config.max_steps = max(1, round((args.flops - spent) / step_flops))
+    if args.flops and kind == args.model:   # which earlier stages have begun to spend
+        config.max_steps = max(1, round((args.flops - flops_before) / step_flops))
         args.max_steps = config.max_steps
         args.flops = None   # a resumed run goes by max_steps
     return config, length, tokens_per_step, step_flops
 
 
-def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
-    """Train a model to its last step, from its checkpoint on if there is one -> FLOPs spent, with
-    those of earlier stages, `spent`."""
+def train(kind, model, args, data, machine, checkpoint=None, flops_before=0.0):
+    """Train a model to its last step, from its checkpoint on if there is one -> training
+    FLOPs, with those of earlier stages, flops_before."""
     config, length, tokens_per_step, step_flops = plan(kind, model, args, data, machine,
-                                                       checkpoint, spent)
+                                                       checkpoint, flops_before)
     model.to(machine.device).train()
-    compiled = args.compile and kind == args.model   # an autoencoder's stage is too short
+    compiled = args.compile and kind == args.model   # stage 1 is too short
     optimizers = make_optimizers(model, config, machine.dtype, compiled)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     done = 0
@@ -364,20 +361,20 @@ def train(kind, model, args, data, machine, checkpoint=None, spent=0.0):
         if not machine.is_first or not (evaluating or step % args.log_interval == 0):
             continue
         entry = {"stage": kind, "step": step, "loss": loss.item(), "tokens": step * tokens_per_step,
-                 "flops": spent + step * step_flops, "seconds": bar.format_dict["elapsed"]}
+                 "flops": flops_before + step * step_flops, "seconds": bar.format_dict["elapsed"]}
         bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
         if not math.isfinite(entry["loss"]):
             raise SystemExit(f"{kind}: the loss is {entry['loss']} at step {step}: lower --lr")
         if evaluating:
             states = [optimizer.state_dict()["state"] for optimizer in optimizers]
-            save(model, kind, args, data, step=step, flops=entry["flops"], spent=spent,
-                 train_config=asdict(config), optimizers=states, scaler=scaler.state_dict())
+            save(model, kind, args, data, step=step, flops=entry["flops"], optimizers=states,
+                 scaler=scaler.state_dict(), train_config=asdict(config), flops_before=flops_before)
             found = validate(kind, model, data, machine, config.batch_size, length)
             entry |= found
             shown = [f"{name} {value:.4g}" for name, value in found.items() if value is not None]
             bar.write(f"{kind} step {step:,}: loss {entry['loss']:.4g}, {', '.join(shown)}")
         print(json.dumps(entry), file=log)
-    return spent + config.max_steps * step_flops
+    return flops_before + config.max_steps * step_flops
 
 
 def save(model, kind, args, data, **state):
@@ -389,13 +386,14 @@ def save(model, kind, args, data, **state):
     save_checkpoint(args.out_dir / f"{kind}.pt", state)
 
 
-# --- All of it --------------------------------------------
+# --- All of it ---
 
 
 def get_model(kind, args, data, autoencoder=None):
-    """The model of a stage, as its checkpoint or --init_from has it, or new (a CALM is built on
-    an autoencoder) -> model, its checkpoint or None."""
+    """The model of a stage, as its checkpoint or --init_from has it, or new (CALM: on an
+    autoencoder) -> model, its checkpoint or None."""
     path = args.out_dir / f"{kind}.pt"
+    V = data.meta["vocab_size"]
     if path.exists():
         model, checkpoint = load_model(args.out_dir, kind)
         check_text(checkpoint, data)
@@ -408,19 +406,21 @@ def get_model(kind, args, data, autoencoder=None):
     if args.init_from:
         published = Path(args.init_from, "config.json").is_file()
         model = load_official(args.init_from) if published else load_model(args.init_from, kind)[0]
-        args.chunk_size = model.chunk_size
-        args.block_size = model.config.block_size
+        if model.config.vocab_size - V not in (0, 1):   # published ones have one more, [PAD]
+            raise SystemExit(f"{args.init_from} was trained in other tokens than {data.folder}")
+        args.chunk_size = getattr(model.config, "chunk_size", 1)
+        args.block_size = getattr(model.config, "block_size", args.block_size)
         args.context = args.block_size * args.chunk_size
         return model, None
 
     torch.manual_seed(args.seed)
-    sizes = dict(vocab_size=data.meta["vocab_size"])
     try:
         if kind == "autoencoder":
-            return Autoencoder(config_of(AutoencoderConfig, args, kind, **sizes)), None
+            return Autoencoder(config_of(AutoencoderConfig, args, kind, vocab_size=V)), None
         if kind == "calm":
-            return CALM(config_of(CALMConfig, args, kind, **sizes), autoencoder), None
-        return AR(config_of(ARConfig, args, kind, **sizes, block_size=args.context)), None
+            return CALM(config_of(CALMConfig, args, kind, vocab_size=V), autoencoder), None
+        sizes = dict(vocab_size=V, block_size=args.context)   # in tokens: CALM's is in chunks
+        return AR(config_of(ARConfig, args, kind, **sizes)), None
     except ValueError as error:
         raise SystemExit(f"these sizes do not fit: {error}")
 
@@ -432,7 +432,7 @@ def finish(model, args, data, machine, flops):
     with open(args.out_dir / "log.jsonl", "a") as log:
         print(json.dumps({"stage": args.model, "flops": flops, "final": True, **result}), file=log)
 
-    offset = data.even_offsets(2, args.context)[-1:]  # in the middle of the split
+    offset = data.even_offsets(2, args.context)[-1:]  # the second of two: mid-split
     prompt = data.batch("val", offset, max(args.context // 4, 1)).to(machine.device)
     print(f"--- held-out text {'-' * 60}\n{data.tokenizer.decode(prompt[0].tolist())}")
     ways = {"temperature 1": {}, "--temperature 0.5": {"temperature": 0.5}}
@@ -462,11 +462,11 @@ def main():
             autoencoder.requires_grad_(True)
             flops = train("autoencoder", autoencoder, args, data, machine, checkpoint)
             autoencoder.requires_grad_(False)
-            flops = train("calm", model, args, data, machine, spent=flops)
+            flops = train("calm", model, args, data, machine, flops_before=flops)
         else:   # a single stage, or a CALM that has its autoencoder inside
             model, checkpoint = get_model(args.model, args, data)
-            spent = checkpoint["spent"] if checkpoint else 0.0
-            flops = train(args.model, model, args, data, machine, checkpoint, spent)
+            before = checkpoint["flops_before"] if checkpoint else 0.0
+            flops = train(args.model, model, args, data, machine, checkpoint, before)
         if args.model != "autoencoder" and machine.is_first:
             finish(model, args, data, machine, flops)
     except KeyboardInterrupt:

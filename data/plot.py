@@ -14,8 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-if __name__ == "__main__":   # else Python looks for data in data/
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib.pyplot as plt
 import torch
@@ -47,10 +46,9 @@ def draw_curves(runs, path):
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for run in runs:
         curves = {}
-        for line in Path(run, "log.jsonl").read_text().splitlines():
-            entry = json.loads(line)
-            if "brierlm" in entry:
-                curves.setdefault(entry["stage"], {})[entry["flops"]] = entry["brierlm"]
+        entries = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
+        for entry in [entry for entry in entries if "brierlm" in entry]:
+            curves.setdefault(entry["stage"], {})[entry["flops"]] = entry["brierlm"]
         for stage, points in curves.items():
             axes.plot(*zip(*sorted(points.items())), "o-", label=f"{NAMES[stage]} ({run})")
     axes.set(xlabel="training FLOPs", ylabel="BrierLM", xscale="log")
@@ -106,7 +104,7 @@ def save(figure, path):
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[-1].legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None} if str(path).endswith("svg") else None)
+    figure.savefig(path, metadata={"Date": None})
     print(f"drawn: {path}")
 
 

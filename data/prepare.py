@@ -47,7 +47,7 @@ NOT_READ = {"test", "tests", "idlelib", "encodings", "artifacts", "serialized_pa
 KNOWN = (*PYTHON, *DOWNLOADS)
 
 
-# --- Tokenizers: each is a tiktoken.Encoding --------------
+# --- Tokenizers: each is a tiktoken.Encoding ---
 
 # Where Llama 3 splits: contractions, words, up to three digits, punctuation, blanks.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -90,7 +90,7 @@ def tokenize(tokenizer, texts):
     return tokenizer.encode_ordinary_batch([text.decode() for text in texts])   # on all cores
 
 
-# --- Sources: files, and the documents in them ------------
+# --- Sources: files, and the documents in them ---
 
 
 def find_files(source):
@@ -176,7 +176,7 @@ def read_all(paths, tokenizer, tabs):
             raise SystemExit(f"{path} is not UTF-8: only --tokenizer bytes takes any bytes")
 
 
-# --- Preparing --------------------------------------------
+# --- Preparing ---
 
 
 def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
@@ -228,7 +228,7 @@ def write_splits(folder, texts, enc, meta, val_fraction):
                          "give more, or another --val_fraction, the share that is held out")
 
 
-# --- Reading back -----------------------------------------
+# --- Reading back ---
 
 
 class TokenData:

@@ -33,7 +33,7 @@ CASES = {   # script, flags, what the line must say
               "these sizes do not fit: n_embd 64 must be a multiple of 2 n_head = 10"),
     "chunk": (train, [*FOXES_DATA, "ae", "--chunk_size", "8"], "is 8, but the autoencoder's is 4"),
     "context": (train, [*FOXES_DATA, "new", "--block_size", "2"], "too short a context"),
-    "temperature 0": (sample, [*OUT, "--temperature", "0"], "--noise 0 is the greedy way"),
+    "temperature 0": (sample, [*OUT, "--temperature", "0"], "the greedy way is --noise 0"),
     "temperature 2": (eval_brier, [*OUT, "--temperature", "2"], "must be in (0, 1], not 2"),
     "few candidates": (sample, [*OUT, "--temperature", "0.01"], "64 is below 1/temperature = 100"),
     "stride": (eval_brier, [*OUT, "--stride", "6"], "does not fit chunks of 4: try 16"),
