@@ -23,7 +23,7 @@ from tqdm import tqdm
 from autoencoder import Autoencoder, AutoencoderConfig
 from calm import AR, CALM, ARConfig, CALMConfig, KVCache
 from data.machine import DTYPES, Machine, load_checkpoint
-from data.prepare import DEFAULT_DATA, border_token, get_tokenizer
+from data.prepare import DEFAULT_DATA, get_tokenizer
 from data.published import read_official
 
 
@@ -123,7 +123,7 @@ def whole_chunks(prompt, chunk_size, eot):
 
     Up to K - 1 tokens at its front are left out: what remains is like the windows of training,
     which begin anywhere in a text. Only a prompt shorter than a chunk is padded, with `eot`,
-    the border token of data/prepare.py.
+    the end-of-text token.
     """
     length = prompt.shape[1]
     if length >= chunk_size:
@@ -152,10 +152,9 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, eot=None, progress=
 
 
 def show(tokenizer, ids, chunk_size=None):
-    """List of ids -> text, up to the first border token. chunk_size: a bar before each chunk."""
-    eot = border_token(tokenizer)
-    if eot in ids:
-        ids = ids[:ids.index(eot)]
+    """List of ids -> text, up to the first end-of-text. chunk_size: a bar before each chunk."""
+    if tokenizer.eot_token in ids:
+        ids = ids[:ids.index(tokenizer.eot_token)]
     if chunk_size is None:
         return tokenizer.decode(ids)
     chunks = [ids[i:i + chunk_size] for i in range(0, len(ids), chunk_size)]
@@ -268,7 +267,7 @@ def main():
     prompt = torch.tensor([ids], dtype=torch.long, device=machine.device).expand(args.texts, -1)
     torch.manual_seed(args.seed)
     with machine.autocast():
-        texts = generate(model, prompt, args.max_new_tokens, eot=border_token(tokenizer),
+        texts = generate(model, prompt, args.max_new_tokens, eot=tokenizer.eot_token,
                          progress=True, **sampling)
     chunk_size = model.chunk_size if args.chunks else None
     for text in texts[:, len(ids):].tolist():

@@ -206,7 +206,7 @@ def orthogonal(g):
 def make_optimizers(model, config, dtype=torch.float32, compiled=False):
     """AdamW and, if config.optimizer says so, Muon for the matrices -> list. Muon leaves to AdamW
     those with a row for each token: embeddings, the outputs of AR and of the auxiliary loss.
-    (Jordan gives AdamW all first and last matrices.) dtype: of Muon's products."""
+    dtype: of Muon's products."""
     of_tokens = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")
     muon = config.optimizer == "muon"
     matrices = []

@@ -2,11 +2,10 @@
 Figures, with matplotlib (`pip install matplotlib`; it is not among the requirements).
 
     python data/plot.py out/stdlib out/k2     # BrierLM over training FLOPs of these runs
-    python data/plot.py clouds out/stdlib --start "import os\\nimport sy"
-    python data/plot.py                       # the figures of README.md and data/RESULTS.md
+    python data/plot.py clouds out/stdlib --start "class Test("   # clouds.png, of README.md
+    python data/plot.py                       # curve.svg and text.svg, of data/RESULTS.md
 
-The first two write curves.svg and clouds.svg. Nothing imports this script; it may import
-all else.
+The first writes curves.svg. Nothing imports this script; it may import all else.
 """
 import argparse
 import json
@@ -20,48 +19,51 @@ import matplotlib.pyplot as plt
 import torch
 
 from autoencoder import posterior_samples
-from data.prepare import border_token, get_tokenizer
+from data.prepare import get_tokenizer
 from sample import load_model, whole_chunks
 
 HERE = Path(__file__).resolve().parent
 NAMES = {"calm": "CALM", "ar": "token model"}
-START = r"import os\nimport sy"
+START = "class Test("
+COLORS = ("C0", "C1", "C2", "C3", "C4", "C6", "C8", "C9")   # all but brown and grey
 
-# BrierLM of `nano` over training FLOPs, in units of 1e13: data/RESULTS.md.
+# `nano`, by data/RESULTS.md: BrierLM over training FLOPs in units of 1e13, seed 0;
 SCORES = {
-    "CALM, K = 4": ([1, 2, 2.8, 4, 8], [14.36, 16.64, 18.00, 19.35, 21.90]),
-    "token model, as wide": ([1, 2, 2.8, 4], [20.31, 25.04, 27.59, 30.50]),
-    "token model, as cheap": ([1, 2, 2.8, 4, 8], [24.63, 28.22, 29.07, 30.35, 31.59]),
+    "CALM": ([1, 3.18, 8], [13.9, 18.1, 21.9]),
+    "token model": ([1, 3.18, 8], [19.6, 25.9, 32.0]),
+}
+# and bits of a written byte, as a token model reads it, over the FLOPs to write it, in 1e6.
+WAYS = {
+    "CALM, temperature 1, 0.65, 0.5": ([1, 2, 3], [5, 4, 2.3]),
+    "CALM, --noise 0.5, 0.25, 0": ([1, 1, 1], [4.6, 3.7, 3.5]),
+    "token model, temperature 1, 0.65, 0.5": ([3, 3, 3], [2.1, 1.2, 0.9]),
+    "real text": ([1, 3], [1.7, 1.7]),
 }
 
 # For a page that may be light or dark: grey, without a background.
 GREY = "#808080"
-STYLE = {"font.size": 11, "svg.hashsalt": "calm", "savefig.transparent": True}
+STYLE = {"font.size": 11, "svg.hashsalt": "calm", "savefig.dpi": 150, "savefig.transparent": True}
 STYLE |= {f"{name}color": GREY for name in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")}
 
 
-def draw_curves(runs, path):
-    """BrierLM over training FLOPs, from the logs of runs. A step that was made twice counts as
-    it was made last."""
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+def read_runs(runs):
+    """BrierLM over training FLOPs, from the logs of runs -> lines for draw_lines."""
+    lines = {}
     for run in runs:
-        curves = {}
-        entries = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
-        for entry in [entry for entry in entries if "brierlm" in entry]:
-            curves.setdefault(entry["stage"], {})[entry["flops"]] = entry["brierlm"]
-        for stage, points in curves.items():
-            axes.plot(*zip(*sorted(points.items())), "o-", label=f"{NAMES[stage]} ({run})")
-    axes.set(xlabel="training FLOPs", ylabel="BrierLM", xscale="log")
-    save(figure, path)
+        for line in Path(run, "log.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            if "brierlm" in entry:
+                points = lines.setdefault(f"{NAMES[entry['stage']]} ({run})", {})
+                points[entry["flops"]] = entry["brierlm"]   # of the last, if it was made twice
+    return {name: zip(*sorted(points.items())) for name, points in lines.items()}
 
 
-def draw_scores(path):
+def draw_lines(lines, path, **labels):
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    for name, (flops, scores) in SCORES.items():
-        axes.plot(flops, scores, "o-", label=name)
-    axes.set(xlabel="training FLOPs, in units of 1e13", ylabel="BrierLM", xscale="log",
-             ylim=(0, 36), xticks=[1, 2, 4, 8], xticklabels=["1", "2", "4", "8"])
-    axes.minorticks_off()
+    for name, (x, y) in lines.items():
+        axes.plot(x, y, "o-", label=name)
+    axes.set(xscale="log", **labels)
+    axes.legend(frameon=False)
     save(figure, path)
 
 
@@ -73,7 +75,7 @@ def draw_clouds(run, start, path, n=1500):
     model, checkpoint = load_model(run, "calm")
     tokenizer = get_tokenizer(checkpoint["data"]["tokenizer"])
     ids = tokenizer.encode_ordinary(start.replace(r"\n", "\n"))
-    prompt = whole_chunks(torch.tensor([ids]), model.chunk_size, border_token(tokenizer))
+    prompt = whole_chunks(torch.tensor([ids]), model.chunk_size, tokenizer.eot_token)
     h = model.hidden(prompt)[0, -1]                                # (D,)
     clouds = {"all of the noise": model.head.sample(h, n),         # (n, L)
               "noise 0.25": model.head.sample(h, n, noise_scale=0.25)}
@@ -87,39 +89,43 @@ def draw_clouds(run, start, path, n=1500):
     for axis, (title, z) in zip(axes, clouds.items()):
         decoded = model.autoencoder.tokens(z)
         axis.scatter(*((z - middle) @ plane).T, s=4, color=GREY, alpha=0.4)
-        for i, (chunk, _) in enumerate(common):
+        for color, (chunk, _) in zip(COLORS, common):
             own = z[(decoded == torch.tensor(chunk)).all(-1)]
             mean, log_std = model.autoencoder.encode(torch.tensor(chunk))
             y = posterior_samples(mean, log_std, 60)
-            axis.scatter(*((own - middle) @ plane).T, s=6, color=f"C{i}")
-            axis.scatter(*((y - middle) @ plane).T, s=5, color=f"C{i}", marker="x", linewidths=0.5)
-            axis.scatter(*((mean - middle) @ plane), s=150, color=f"C{i}", marker="*",
+            axis.scatter(*((own - middle) @ plane).T, s=6, color=color)
+            axis.scatter(*((y - middle) @ plane).T, s=5, color=color, marker="x", lw=0.5)
+            axis.scatter(*((mean - middle) @ plane), s=150, color=color, marker="*",
                          edgecolors=GREY, label=repr(tokenizer.decode(chunk)))
         axis.set(title=title, xlabel="first principal component")
     axes[0].set(ylabel="second principal component")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False,
+                  title="chunk")
     save(figure, path)
 
 
 def save(figure, path):
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[-1].legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
     print(f"drawn: {path}")
 
 
 def main():
     plt.rcParams.update(STYLE)
-    parser = argparse.ArgumentParser(description="Draw runs, samples, or the figures of the texts.")
+    parser = argparse.ArgumentParser(description="Draw figures.")
     parser.add_argument("what", nargs="*", help="folders of runs; or `clouds` and one")
     parser.add_argument("--start", default=START, help="the prompt of clouds")
     args = parser.parse_args()
+    score = {"xlabel": "training FLOPs", "ylabel": "BrierLM"}
     if not args.what:
-        draw_scores(HERE / "curve.svg")
+        draw_lines(SCORES, HERE / "curve.svg", **score)
+        draw_lines(WAYS, HERE / "text.svg", xlabel="FLOPs to write a byte, in units of 1e6",
+                   ylabel="bits per byte of what is written")
     elif args.what[0] == "clouds":
-        draw_clouds(args.what[1], args.start, "clouds.svg")
+        draw_clouds(args.what[1], args.start, "clouds.png")
     else:
-        draw_curves(args.what, "curves.svg")
+        draw_lines(read_runs(args.what), "curves.svg", **score)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,7 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 
 
 def get_tokenizer(name):
-    """`bytes`, a tiktoken name (gpt2, o200k_base, ...), or a tiktoken-format file -> Encoding.
-    A file is read as Llama 3's: its pattern, and 256 special tokens behind the ranks."""
+    """`bytes`, a tiktoken name (gpt2, ...), or a tiktoken-format file, as Llama 3's -> Encoding."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks,
@@ -65,22 +64,15 @@ def get_tokenizer(name):
         # (tiktoken.load would read a copy that it keeps, even where the file is new.)
         pairs = [line.split() for line in Path(name).read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        reserved = [f"<|reserved_{i}|>" for i in range(254)]
-        special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved]
-        ids = {token: len(ranks) + i for i, token in enumerate(special)}
+        special = {f"<|reserved_{i}|>": len(ranks) + i for i in range(256)}
+        special["<|endoftext|>"] = special.pop("<|reserved_0|>")   # Llama's <|begin_of_text|>
         return tiktoken.Encoding(Path(name).name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
-                                 special_tokens=ids)
+                                 special_tokens=special)
     try:
         return tiktoken.get_encoding(name)   # which downloads it the first time
     except Exception as error:   # of many kinds
         raise SystemExit(f"no tokenizer {name!r} ({type(error).__name__}): expected bytes, a file, "
                          "or, with a network the first time, gpt2, o200k_base, ...")
-
-
-def border_token(tokenizer):
-    """The id that stands before each document: there a text begins, and the one before ends."""
-    llama = "<|begin_of_text|>" in tokenizer.special_tokens_set
-    return tokenizer.encode_single_token("<|begin_of_text|>" if llama else "<|endoftext|>")
 
 
 def tokenize(tokenizer, texts):
@@ -193,7 +185,7 @@ def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
     texts = iter(tqdm(texts, desc="prepare", unit=" documents"))
     val_fraction = 1 if sources[0] == "wikitext103-test" else val_fraction
     meta = {"tokenizer": str(Path(tokenizer).resolve()) if Path(tokenizer).is_file() else tokenizer,
-            "vocab_size": enc.n_vocab, "border": border_token(enc),
+            "vocab_size": enc.n_vocab, "eot": enc.eot_token,
             "dtype": np.min_scalar_type(enc.n_vocab).name}   # uint16 or uint32
 
     with tempfile.TemporaryDirectory(dir=DATA_DIR) as partial:
@@ -208,17 +200,16 @@ def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
 
 
 def write_splits(folder, texts, enc, meta, val_fraction):
-    """Write documents into train.bin and val.bin as they come, and into meta what is said of
-    them. The fingerprint is a checksum of all tokens."""
+    """Write documents as they come, an eot token before each; count and checksum into meta."""
     meta |= {"documents": 0, "train_tokens": 0, "val_tokens": 0, "fingerprint": 0}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         files = {"train": train, "val": val}
         while batch := list(islice(texts, 256)):
             for text, ids in zip(batch, tokenize(enc, batch)):
-                # In [0, 1), made from the document alone, as good as random.
+                # In [0, 1), from the document alone, as good as random.
                 fraction = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
                 split = "val" if fraction < val_fraction else "train"
-                written = np.concatenate([[meta["border"]], ids]).astype(meta["dtype"]).tobytes()
+                written = np.concatenate([[meta["eot"]], ids]).astype(meta["dtype"]).tobytes()
                 files[split].write(written)
                 meta["fingerprint"] = zlib.crc32(written, meta["fingerprint"])
                 meta[f"{split}_tokens"] += 1 + len(ids)
@@ -265,8 +256,8 @@ class TokenData:
     def document_numbers(self, positions):
         """The number of the document of the validation split that each position lies in."""
         tokens = np.memmap(self.folder / "val.bin", self.meta["dtype"], "r")
-        borders = np.flatnonzero(tokens == self.meta["border"])
-        return np.searchsorted(borders, positions, side="right")
+        begins = np.flatnonzero(tokens == self.meta["eot"])
+        return np.searchsorted(begins, positions, side="right")
 
     def check_length(self, split, length):
         """End the program if a split is shorter than a window."""
@@ -278,12 +269,11 @@ class TokenData:
 def main():
     parser = argparse.ArgumentParser(description="Tokenize text into data/<name>/.")
     add = parser.add_argument
-    add("source", nargs="*", default=["stdlib"], help=f"files, folders, or {', '.join(KNOWN)}")
+    add("sources", nargs="*", default=["stdlib"], help=f"files, folders, or {', '.join(KNOWN)}")
     add("--name", help="name of the data set; by default that of the first source")
     add("--tokenizer", default="bytes", help="bytes, a tiktoken name, or a tiktoken-format file")
     add("--val_fraction", type=float, default=0.1, help="share of the documents held out")
-    args = parser.parse_args()
-    prepare(args.source, args.name, args.tokenizer, args.val_fraction)
+    prepare(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

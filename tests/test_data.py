@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import data.prepare
-from data.prepare import (DOWNLOADS, LONGEST, SECTION, TokenData, border_token, documents,
+from data.prepare import (DOWNLOADS, LONGEST, SECTION, TokenData, documents,
                           get_tokenizer, prepare, tokenize)
 
 LINES = "".join(f"line {i}\n" for i in range(20_000))   # 30 documents
@@ -27,7 +27,7 @@ def decoded(name, split="train"):
     tokenizer = TokenData(name).tokenizer
     found = []
     for token in tokens_of(name, split).tolist():
-        if token == border_token(tokenizer):   # the first token, too
+        if token == tokenizer.eot_token:   # the first token, too
             found.append([])
         else:
             found[-1].append(token)
@@ -148,11 +148,11 @@ def test_odd_text_round_trips_through_every_tokenizer(kind, data_dir, tmp_path, 
 
 
 def test_a_file_is_a_vocabulary_with_llama_3s_special_tokens(vocabulary, data_dir, tmp_path):
-    """Its merges are used, and <|begin_of_text|> is the border."""
+    """Its merges are used, and <|begin_of_text|> is end-of-text, too."""
     (tmp_path / "story.txt").write_text("the thing in the thick of it, naïve\n\n" * 50)
     prepare([tmp_path / "story.txt"], "mine", vocabulary, val_fraction=0)
     meta = TokenData("mine").meta
-    assert (meta["vocab_size"], meta["border"], meta["dtype"]) == (261 + 256, 261, "uint16")
+    assert (meta["vocab_size"], meta["eot"], meta["dtype"]) == (261 + 256, 261, "uint16")
     assert b"".join(decoded("mine")) == (tmp_path / "story.txt").read_bytes()
     assert tokenize(get_tokenizer(vocabulary), [b"the", b"in the"]) == [[257], [259, 258]]
 
