@@ -167,7 +167,8 @@ class Autoencoder(nn.Module):
         z = F.dropout(z, c.dropout, self.training)
         logits = self.decode(z).float()                    # (..., T, K, V)
 
-        reconstruction = c.chunk_size * F.cross_entropy(logits.flatten(0, -2), chunks.flatten())
+        cross_entropy = F.cross_entropy(logits.flatten(0, -2), chunks.flatten())
+        reconstruction = c.chunk_size * cross_entropy
         kl = kl_to_normal(mean, log_std)                   # (..., T, L)
         clipped_kl = kl.clamp_min(c.kl_clip).sum(-1).mean()
         loss = reconstruction + c.kl_weight * clipped_kl
@@ -218,7 +219,9 @@ def describe_vectors(model, chunks):
     print(f"{'vector':30} {'tokens right':>14} {'chunks right':>14}")
     for name, z in vectors.items():
         right = model.tokens(z) == chunks     # (P, K)
-        print(f"{name:30} {right.float().mean():14.3%} {right.all(-1).float().mean():14.3%}")
+        tokens = right.float().mean()
+        whole = right.all(-1).float().mean()
+        print(f"{name:30} {tokens:14.3%} {whole:14.3%}")
 
     kl = kl_to_normal(mean, log_std).mean(0)  # of each dimension, (L,)
     print(f"\nKL {kl.sum():.1f} nats a chunk; {(kl > 0.1).sum()} of the {len(kl)} dimensions have "

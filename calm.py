@@ -599,13 +599,13 @@ def flops_per_token(config, autoencoder_config=None):
             h = torch.zeros(config.block_size, config.n_embd)
             aux = count_flops(model.auxiliary_loss, h, chunks) / config.block_size
 
-    # The head is counted with numbers, at one position: a head of your own may look at them.
-    head = HEADS[config.head](config)
-    h = torch.zeros(1, config.n_embd)
+    head = HEADS[config.head](config)   # with numbers: a head of your own may look at them
+    h = torch.zeros(1, config.n_embd)   # one position
     mean = torch.zeros(1, config.latent_dim)
     loss = (count_flops(head.loss, h, mean, mean) + aux) / config.chunk_size
     sample = count_flops(head.sample, h, 1) / config.chunk_size
-    return {"train": 3 * (hidden + loss) + encode, "inference": hidden + sample + decode}
+    frozen = encode if config.input_mode == "discrete" else -encode   # 3 in hidden: 2 in all
+    return {"train": 3 * (hidden + loss) + frozen, "inference": hidden + sample + decode}
 
 
 def count_flops(function, *inputs):

@@ -3,7 +3,6 @@ BrierLM: how well does a model predict, judged from its samples alone (section 4
 
     python eval_brier.py                               # the default run: BrierLM, and its text
     python eval_brier.py --against out/stdlib/ar.pt    # is it better than another model?
-    for T in 1 0.65 0.5; do python eval_brier.py --temperature $T; done    # figures 10, 11
 
 The Brier score of a forecast p for an outcome t is 2 p(t) - sum_x p(x)^2. On average it is
 highest when p is the truth. It needs no probabilities: p(t) is how often a sample equals t,
@@ -12,7 +11,6 @@ that of n-grams; BrierLM is 100 times the geometric mean of Brier-1 to Brier-4.
 
 Shapes: S samples, P positions, B windows of W tokens, K tokens in a chunk, D width of h.
 """
-import argparse
 import json
 import math
 from pathlib import Path
@@ -25,7 +23,7 @@ from tqdm import tqdm
 from calm import KVCache
 from data.machine import Machine, seed_noise
 from data.prepare import TokenData
-from sample import (add_model_flags, check_text, generate, load, load_model, next_chunks,
+from sample import (check_text, generate, load, load_model, make_parser, next_chunks,
                     sampling_of)
 
 
@@ -192,8 +190,8 @@ def distinct(texts, n=4):
 
 
 def bits_per_token(judge, texts, begin):
-    """The mean of -log2 p(token | all before it), by an AR model, over texts (B, length) from
-    token `begin` on. Text that is unlike any real one is expensive."""
+    """The mean of -log2 p(token | all before it), by an AR model, from token `begin` of texts
+    (B, length) on. Text that is unlike any real one is expensive."""
     nats = 0.0
     for text in texts:   # one at a time: the logits of a large vocabulary take gigabytes
         logits = judge.lm_head(judge.hidden(text[None, :-1])[0, begin - 1:]).float()
@@ -206,7 +204,8 @@ def judge_texts(model, judge, data, machine, texts=64, seed=0, **sampling):
     """Held-out beginnings, as they go on in truth and as the model continues them
     -> {"real": ..., "model": ...}, with distinct-4 and, if there is a judge, bits per token."""
     K = model.chunk_size
-    length = min(max(320, 5 * K), model.config.block_size * K)  # of which a fifth is given
+    limit = min(m.config.block_size * m.chunk_size for m in (model, judge or model))
+    length = min(max(320, 5 * K), limit)  # of which a fifth is given
     begin = max(length // 5 // K, 1) * K
     real = data.batch("val", data.even_offsets(texts, length), length).to(machine.device)
     seed_noise(seed)
@@ -224,8 +223,7 @@ def judge_texts(model, judge, data, machine, texts=64, seed=0, **sampling):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="BrierLM of a model, with its error.")
-    add_model_flags(parser)
+    parser = make_parser("BrierLM of a model, with its error.")
     add = parser.add_argument
     add("--data", help="a data set in data/, by default that of training")
     add("--windows", type=int, default=375, help="how many, spread evenly over the text")
@@ -238,17 +236,16 @@ def main():
     sampling = sampling_of(args)
     machine = Machine(args.device, args.dtype)
     model, checkpoint = load(args, machine)
-    if not (args.data or checkpoint):
-        raise SystemExit("--official needs --data, prepared with the model's tokenizer")
-    data = TokenData(args.data or checkpoint["data"]["name"])
-    if not args.data:
-        check_text(checkpoint, data)
+    data = TokenData(args.data or (checkpoint["data"]["name"] if checkpoint else "wikitext"))
+    same = "tokenizer" if args.data else "fingerprint"   # what a model's data and these share
+    if checkpoint:
+        check_text(checkpoint, data, same)
     other = model
     if args.against:
         path = Path(args.against)
         path = path if path.suffix == ".pt" else path / f"{args.model}.pt"
         other, other_checkpoint = load_model(path.parent, path.stem)
-        check_text(other_checkpoint, data)
+        check_text(other_checkpoint, data, same)
     K = math.lcm(model.chunk_size, other.chunk_size)
     stride = args.stride or default_stride(K)
     if stride % K != 0:
@@ -268,12 +265,14 @@ def main():
 
     judge = None
     if args.judge or (not args.official and Path(args.out_dir, "ar.pt").is_file()):
-        judge = load_model(args.judge or args.out_dir, "ar")[0].to(machine.device)
+        judge, judge_checkpoint = load_model(args.judge or args.out_dir, "ar")
+        check_text(judge_checkpoint, data, "tokenizer")
+        judge.to(machine.device)
     result["text"] = judge_texts(model, judge, data, machine, seed=args.seed, **sampling)
     for name, found in result["text"].items():
         print(f"{name:8} " + ", ".join(f"{what} {value:.3f}" for what, value in found.items()))
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
 
 
 if __name__ == "__main__":

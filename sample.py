@@ -125,10 +125,9 @@ def whole_chunks(prompt, chunk_size, eot):
     which begin anywhere in a text. Only a prompt shorter than a chunk is padded, with `eot`,
     the end-of-text token.
     """
-    length = prompt.shape[1]
-    if length >= chunk_size:
-        return prompt[:, length % chunk_size:]
-    return F.pad(prompt, (chunk_size - length, 0), value=eot)
+    missing = max(chunk_size - prompt.shape[1], 0)
+    prompt = F.pad(prompt, (missing, 0), value=eot)
+    return prompt[:, prompt.shape[1] % chunk_size:]
 
 
 @torch.inference_mode()
@@ -207,15 +206,17 @@ def cast_matrices(model, dtype):
     return model
 
 
-def check_text(checkpoint, data):
-    """End the program if a data set is not the text that a checkpoint's model has learned."""
-    if checkpoint["data"]["fingerprint"] != data.meta["fingerprint"]:
+def check_text(checkpoint, data, what="fingerprint"):
+    """End the program unless a data set is the text that a checkpoint's model has learned, or
+    has at least the same "tokenizer"."""
+    if checkpoint["data"][what] != data.meta[what]:
         raise SystemExit(f"{data.folder} is not the text that this model was trained on, or has "
-                         "changed: prepare that text again, or use another --out_dir")
+                         f"changed ({what}): prepare that text again, or use another --out_dir")
 
 
-def add_model_flags(parser):
-    """The flags of a script that loads a model and draws from it."""
+def make_parser(description):
+    """A parser with the flags of a script that loads a model and draws from it."""
+    parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--out_dir", default=f"out/{DEFAULT_DATA}", help="the run's folder")
     add("--model", default="calm", choices=("calm", "ar"), help="which of its models")
@@ -227,6 +228,7 @@ def add_model_flags(parser):
     add("--seed", type=int, default=0, help="of the samples: same seed, same text")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--dtype", default="auto", choices=DTYPES, help="precision of matrix products")
+    return parser
 
 
 def sampling_of(args):
@@ -245,8 +247,7 @@ def sampling_of(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Write text with a trained model.")
-    add_model_flags(parser)
+    parser = make_parser("Write text with a trained model.")
     add = parser.add_argument
     add("--tokenizer", help="with --official: Llama 3's file; by default DIR/tokenizer.model")
     add("--start", default="\n", help=r"the prompt, where \n is a line end and \t a tab")

@@ -12,7 +12,6 @@ share the micro-batches of a step, make the same steps as one.
 import argparse
 import inspect
 import json
-import math
 import re
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -228,10 +227,9 @@ def make_optimizers(model, config, dtype=torch.float32, compiled=False):
 
 def set_rates(optimizers, step, config):
     """The schedule of the learning rates: a linear warm-up, constant, then linear to 0."""
-    factor = min(1.0, step / max(config.warmup_steps, 1))
-    decay_steps = config.decay_frac * config.max_steps
-    if decay_steps > 0:
-        factor = min(factor, (config.max_steps + 1 - step) / decay_steps)
+    rise = step / max(config.warmup_steps, 1)
+    fall = (config.max_steps + 1 - step) / max(config.decay_frac * config.max_steps, 1)
+    factor = min(rise, 1.0, fall)
     for optimizer, peak in zip(optimizers, (config.lr, config.muon_lr)):
         for group in optimizer.param_groups:
             group["lr"] = factor * peak
@@ -281,14 +279,15 @@ def validate(kind, model, data, machine, batch_size, length):
     batch_size at once: what fits in training fits here.)"""
     model.eval()
     offsets = data.even_offsets(16, length)
-    slices = []
+    found = {}
     torch.manual_seed(0)   # the same noise each time; training batches have their own seeds
     for i in range(0, len(offsets), batch_size):
         tokens = data.batch("val", offsets[i:i + batch_size], length).to(machine.device)
         with machine.autocast():
-            slices.append(model.loss(tokens)[1])
-    found = {f"val_{name}": sum(metrics[name].item() for metrics in slices) / len(slices)
-             for name in slices[0]}
+            _, metrics = model.loss(tokens)
+        for name, value in metrics.items():
+            share = value.item() * len(tokens) / len(offsets)
+            found[f"val_{name}"] = found.get(f"val_{name}", 0.0) + share
     if kind != "autoencoder":
         result, _ = evaluate(model, data, machine, windows=32, batch_size=batch_size)
         found |= {"brierlm": result["brierlm"], "stderr": result["stderr"]}
@@ -296,14 +295,11 @@ def validate(kind, model, data, machine, batch_size, length):
     return found
 
 
-def plan(kind, model, args, data, machine, checkpoint, flops_before):
+def plan(kind, model, args, data, checkpoint, flops_before):
     """How a stage is trained -> its config, tokens in a window, tokens and FLOPs of a step."""
     config = config_of(TrainConfig, args, kind)
     if checkpoint and kind != args.model:   # stage 1 goes on as it began
         config = TrainConfig(**checkpoint["train_config"])
-    if config.grad_accum % machine.size != 0:
-        raise SystemExit(f"{kind}: --grad_accum {config.grad_accum} must be a multiple of the "
-                         f"{machine.size} processes, which share the micro-batches of a step")
 
     # A window has a context to read and, at its end, tokens that are only predicted.
     length = args.context + {"autoencoder": 0, "calm": args.chunk_size, "ar": 1}[kind]
@@ -323,17 +319,20 @@ def plan(kind, model, args, data, machine, checkpoint, flops_before):
 def train(kind, model, args, data, machine, checkpoint=None, flops_before=0.0):
     """Train a model to its last step, from its checkpoint on if there is one -> training
     FLOPs, with those of earlier stages, flops_before."""
-    config, length, tokens_per_step, step_flops = plan(kind, model, args, data, machine,
-                                                       checkpoint, flops_before)
+    config, length, tokens_per_step, step_flops = plan(kind, model, args, data, checkpoint,
+                                                       flops_before)
     model.to(machine.device).train()
+    done = checkpoint["step"] if checkpoint else 0
+    if done >= config.max_steps:
+        return checkpoint["flops"]
+    if config.grad_accum % machine.size != 0:   # for they share the micro-batches of a step
+        raise SystemExit(f"{kind}: --grad_accum {config.grad_accum} must be a multiple of the "
+                         f"{machine.size} processes (--model {kind} sets it)")
     compiled = args.compile and kind == args.model   # stage 1 is too short
     optimizers = make_optimizers(model, config, machine.dtype, compiled)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    done = 0
     if checkpoint:
-        done = checkpoint["step"]
-        if checkpoint["scaler"]:   # empty, unless it was float16
-            scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())   # if not float16
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     faster = torch.compile(model) if compiled else model
@@ -363,8 +362,8 @@ def train(kind, model, args, data, machine, checkpoint=None, flops_before=0.0):
         entry = {"stage": kind, "step": step, "loss": loss.item(), "tokens": step * tokens_per_step,
                  "flops": flops_before + step * step_flops, "seconds": bar.format_dict["elapsed"]}
         bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
-        if not math.isfinite(entry["loss"]):
-            raise SystemExit(f"{kind}: the loss is {entry['loss']} at step {step}: lower --lr")
+        if not all(numbers.isfinite().all() for numbers in (loss, *model.parameters())):
+            raise SystemExit(f"{kind}: not finite at step {step} (loss {loss:.4g}): lower --lr")
         if evaluating:
             states = [optimizer.state_dict()["state"] for optimizer in optimizers]
             save(model, kind, args, data, step=step, flops=entry["flops"], optimizers=states,
@@ -408,9 +407,6 @@ def get_model(kind, args, data, autoencoder=None):
         model = load_official(args.init_from) if published else load_model(args.init_from, kind)[0]
         if model.config.vocab_size - V not in (0, 1):   # published ones have one more, [PAD]
             raise SystemExit(f"{args.init_from} was trained in other tokens than {data.folder}")
-        args.chunk_size = getattr(model.config, "chunk_size", 1)
-        args.block_size = getattr(model.config, "block_size", args.block_size)
-        args.context = args.block_size * args.chunk_size
         return model, None
 
     torch.manual_seed(args.seed)
@@ -465,6 +461,9 @@ def main():
             flops = train("calm", model, args, data, machine, flops_before=flops)
         else:   # a single stage, or a CALM that has its autoencoder inside
             model, checkpoint = get_model(args.model, args, data)
+            vars(args).update(asdict(model.config))   # of a model that was there, not the flags'
+            args.chunk_size = getattr(model.config, "chunk_size", 1)
+            args.context = args.block_size * args.chunk_size
             before = checkpoint["flops_before"] if checkpoint else 0.0
             flops = train(args.model, model, args, data, machine, checkpoint, before)
         if args.model != "autoencoder" and machine.is_first:

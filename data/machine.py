@@ -61,8 +61,10 @@ def fast_dtype(device):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float16
     capability = torch.backends.cpu.get_cpu_capability()   # lower, if ATEN_CPU_CAPABILITY says so
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if capability == "AVX512" and fast else torch.float32
+    avx512_bf16 = torch.cpu._is_avx512_bf16_supported()
+    amx = torch.cpu._is_amx_tile_supported()
+    fast = capability == "AVX512" and (avx512_bf16 or amx)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def keep_freed_memory():
@@ -78,7 +80,8 @@ def keep_freed_memory():
 def seed_noise(*numbers):
     """Seed torch's noise with a hash of whole numbers, such as a seed and a step. (On a CPU
     torch keeps only the lowest 32 bits of a seed.)"""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
 
 
 def save_checkpoint(path, checkpoint):

@@ -42,19 +42,27 @@ WAYS = {
 
 # For a page that may be light or dark: grey, without a background.
 GREY = "#808080"
-STYLE = {"font.size": 11, "svg.hashsalt": "calm", "savefig.dpi": 150, "savefig.transparent": True}
-STYLE |= {f"{name}color": GREY for name in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")}
+STYLE = {
+    "font.size": 11,
+    "text.color": GREY,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "savefig.transparent": True,
+    "savefig.dpi": 150,
+    "svg.hashsalt": "calm",   # the same file each time
+}
 
 
 def read_runs(runs):
     """BrierLM over training FLOPs, from the logs of runs -> lines for draw_lines."""
     lines = {}
     for run in runs:
-        for line in Path(run, "log.jsonl").read_text().splitlines():
-            entry = json.loads(line)
-            if "brierlm" in entry:
-                points = lines.setdefault(f"{NAMES[entry['stage']]} ({run})", {})
-                points[entry["flops"]] = entry["brierlm"]   # of the last, if it was made twice
+        entries = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
+        for entry in [entry for entry in entries if "brierlm" in entry]:
+            points = lines.setdefault(f"{NAMES[entry['stage']]} ({run})", {})
+            points[entry["flops"]] = entry["brierlm"]   # of the last, if it was made twice
     return {name: zip(*sorted(points.items())) for name, points in lines.items()}
 
 

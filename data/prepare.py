@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 DATA_DIR = Path(__file__).resolve().parent
 DEFAULT_DATA = "site-packages" if torch.cuda.is_available() else "stdlib"
-SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl")   # what is read in a folder
+SUFFIXES = (".txt", ".md", ".py", ".jsonl")   # what is read in a folder
 SEPARATOR = "<|endoftext|>"   # of documents, wherever it stands in a file
 SECTION = 8 << 10     # characters: longer text is cut into documents of about this size
 LONGEST = 128 << 10   # .md and .py are cut here: else parts of one file are in both splits
@@ -60,19 +60,18 @@ def get_tokenizer(name):
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": 256})
-    if Path(name).is_file():
-        # (tiktoken.load would read a copy that it keeps, even where the file is new.)
+    try:
+        if not Path(name).is_file():
+            return tiktoken.get_encoding(name)   # which downloads it the first time
         pairs = [line.split() for line in Path(name).read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        special = {f"<|reserved_{i}|>": len(ranks) + i for i in range(256)}
-        special["<|endoftext|>"] = special.pop("<|reserved_0|>")   # Llama's <|begin_of_text|>
-        return tiktoken.Encoding(Path(name).name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
-                                 special_tokens=special)
-    try:
-        return tiktoken.get_encoding(name)   # which downloads it the first time
     except Exception as error:   # of many kinds
-        raise SystemExit(f"no tokenizer {name!r} ({type(error).__name__}): expected bytes, a file, "
-                         "or, with a network the first time, gpt2, o200k_base, ...")
+        raise SystemExit(f"no tokenizer {name!r} ({type(error).__name__}): expected bytes, a file "
+                         "of tiktoken's format, or, with a network, gpt2, o200k_base, ...")
+    special = {f"<|reserved_{i}|>": len(ranks) + i for i in range(256)}
+    special["<|endoftext|>"] = special.pop("<|reserved_0|>")   # Llama's <|begin_of_text|>
+    return tiktoken.Encoding(Path(name).name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
+                             special_tokens=special)
 
 
 def tokenize(tokenizer, texts):
@@ -98,7 +97,7 @@ def find_files(source):
         for path in sorted(Path(root).rglob("*.py" if known else "*")):
             parts = path.relative_to(root).parts
             skipped = known and NOT_READ & set(parts) or any(part[0] == "." for part in parts)
-            if path.suffix in SUFFIXES and not skipped:
+            if path.suffix in SUFFIXES and path.is_file() and not skipped:
                 found.append(path)
     if not found:
         raise SystemExit(f"no text at {source!r}: expected {', '.join(KNOWN)}, a file, or a folder "
@@ -128,7 +127,7 @@ def documents(path, errors):
     # utf-8-sig: without a byte order mark. newline: as the file has them.
     with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
         if path.suffix in (".json", ".jsonl"):
-            yield from (json.loads(line)["text"] for line in file)
+            yield from (json.loads(line)["text"] for line in file if line.strip())
             return
 
         limit = LONGEST if path.suffix in (".py", ".md") else SECTION
@@ -164,8 +163,9 @@ def read_all(paths, tokenizer, tabs):
                 text = text.replace("    ", "\t") if tabs else text
                 if text.strip():
                     yield text.encode(errors=errors)
-        except UnicodeDecodeError:
-            raise SystemExit(f"{path} is not UTF-8: only --tokenizer bytes takes any bytes")
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path} is not UTF-8 (--tokenizer bytes takes any bytes), or "
+                             f'JSON without "text": {error!r}')
 
 
 # --- Preparing ---
@@ -176,20 +176,19 @@ def prepare(sources, name=None, tokenizer="bytes", val_fraction=0.1):
     replaced when the new one is whole; a folder that is none is left alone."""
     enc = get_tokenizer(tokenizer)
     paths = [path for source in sources for path in find_files(source)]
-    folder = DATA_DIR / (name or Path(sources[0]).resolve().stem)
+    folder = (DATA_DIR / (name or Path(sources[0]).resolve().stem)).resolve()
     meta_path = folder / "meta.json"
     ours = meta_path.exists() and "fingerprint" in meta_path.read_text()
     if any(folder.glob("*")) and not ours:
         raise SystemExit(f"{folder} is no data set: move it away, or give another --name")
     texts = read_all(paths, tokenizer, tabs=sources[0] in PYTHON)
-    texts = iter(tqdm(texts, desc="prepare", unit=" documents"))
     val_fraction = 1 if sources[0] == "wikitext103-test" else val_fraction
     meta = {"tokenizer": str(Path(tokenizer).resolve()) if Path(tokenizer).is_file() else tokenizer,
             "vocab_size": enc.n_vocab, "eot": enc.eot_token,
             "dtype": np.min_scalar_type(enc.n_vocab).name}   # uint16 or uint32
 
-    with tempfile.TemporaryDirectory(dir=DATA_DIR) as partial:
-        write_splits(Path(partial), texts, enc, meta, val_fraction)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+        write_splits(Path(partial), iter(tqdm(texts, "prepare")), enc, meta, val_fraction)
         folder.mkdir(parents=True, exist_ok=True)
         meta_path.unlink(missing_ok=True)   # without it no data set is there
         for file in ("train.bin", "val.bin"):
@@ -235,11 +234,13 @@ class TokenData:
                              f"`python data/prepare.py SOURCE --name {name}` makes it")
         self.meta = {"name": name, **json.loads(meta_path.read_text())}   # a checkpoint keeps it
         self.tokenizer = get_tokenizer(self.meta["tokenizer"])
+        # Opened once: what is prepared anew is another file.
+        self.tokens = {split: np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r")
+                       for split in ("train", "val") if self.meta[f"{split}_tokens"] > 0}
 
     def batch(self, split, offsets, length):
         """Tokens [o, o + length) for each offset o (B,) -> int64 (B, length)."""
-        tokens = np.memmap(self.folder / f"{split}.bin", self.meta["dtype"], "r")
-        windows = np.stack([tokens[o:o + length] for o in offsets])
+        windows = np.stack([self.tokens[split][o:o + length] for o in offsets])
         return torch.from_numpy(windows.astype(np.int64))
 
     def random_offsets(self, count, length, seed):
@@ -255,8 +256,7 @@ class TokenData:
 
     def document_numbers(self, positions):
         """The number of the document of the validation split that each position lies in."""
-        tokens = np.memmap(self.folder / "val.bin", self.meta["dtype"], "r")
-        begins = np.flatnonzero(tokens == self.meta["eot"])
+        begins = np.flatnonzero(self.tokens["val"] == self.meta["eot"])
         return np.searchsorted(begins, positions, side="right")
 
     def check_length(self, split, length):

@@ -1,6 +1,15 @@
 """
-A model as the authors publish it (config.json, pytorch_model.bin) -> our names and sizes.
-`load_official` in sample.py makes a model of them. Nothing here is needed to understand CALM.
+A model as the authors publish it -> our names and sizes. `load_official` in sample.py makes a
+model of them. Nothing here is needed to understand CALM.
+
+Get config.json and pytorch_model.bin of CALM-M and CALM-Autoencoder from
+huggingface.co/cccczshao into folders of these names, and into CALM-M also
+llama3_tokenizer/tokenizer.model of github.com/shaochenze/calm. Then (never run yet):
+
+    python data/prepare.py wikitext103-test --name wikitext \\
+        --tokenizer CALM-M/tokenizer.model
+    python eval_brier.py --official CALM-M    # the paper: 5.72
+    python sample.py --official CALM-M --start "The history of"
 """
 import json
 import re

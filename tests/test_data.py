@@ -3,7 +3,6 @@ import base64
 import json
 import random
 import threading
-import urllib.error
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
@@ -188,11 +187,11 @@ def test_downloads_are_prepared_and_all_of_wikitext_is_held_out(data_dir, served
 def test_a_download_that_breaks_off_is_not_taken_for_whole(data_dir, monkeypatch):
     def broken(url, path, progress):
         Path(path).write_text("half")
-        raise urllib.error.ContentTooShortError("4 of 8 bytes", None)
+        raise OSError("4 of 8 bytes")
 
     monkeypatch.setattr("urllib.request.urlretrieve", broken)
     for _ in range(2):
-        with pytest.raises(SystemExit, match="could not download .* (4 of 8 bytes)"):
+        with pytest.raises(SystemExit, match=r"could not download .*4 of 8 bytes"):
             prepare(["shakespeare"])
 
 

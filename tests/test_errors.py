@@ -6,20 +6,18 @@ import pytest
 import tiktoken
 import torch
 
-import autoencoder as autoencoder_script
 import data.prepare
 import eval_brier
 import sample
 import train
 from data.machine import save_checkpoint
-from helpers import FOXES, SHORT, checkpoint_of
+from helpers import FOXES, SHORT, checkpoint_of, tiny_ar
 
 FOXES_DATA = ["--data", "foxes", *SHORT, "--out_dir"]
 OUT = ["--out_dir", "out"]
 CASES = {   # script, flags, what the line must say
     "no checkpoint": (sample, ["--out_dir", "new"], "no checkpoint at new/calm.pt: `python train"),
     "nothing to resume": (train, [*FOXES_DATA, "new", "--resume"], "no checkpoint at new"),
-    "no autoencoder": (autoencoder_script, ["--out_dir", "new"], "no checkpoint at new/autoenc"),
     "nothing to tune": (train, [*FOXES_DATA, "new", "--init_from", "x"], "no checkpoint at x/calm"),
     "folder taken": (train, [*FOXES_DATA, "out"], "out/calm.pt is there, at step 120: go"),
     "no data set": (train, ["--data", "nothing", "--out_dir", "new"], "no data set 'nothing'"),
@@ -29,12 +27,13 @@ CASES = {   # script, flags, what the line must say
     "short text": (train, [*FOXES_DATA, "new", "--block_size", "9999"], "or lower --block_size"),
     "no tokenizer": (data.prepare, ["short.txt", "--tokenizer", "gpt2"], "no tokenizer 'gpt2'"),
     "not UTF-8": (data.prepare, ["latin.txt", "--tokenizer", "small.model"], "latin.txt is not UT"),
-    "heads": (train, [*FOXES_DATA, "ae", "--n_head", "5"],
-              "these sizes do not fit: n_embd 64 must be a multiple of 2 n_head = 10"),
+    "no vocabulary": (data.prepare, ["cats.txt", "--tokenizer", "short.txt"], "no tokenizer"),
+    "no text in JSON": (data.prepare, ["x.jsonl"], "x.jsonl is not UTF-8 (--tokenizer bytes"),
+    "other tokens": (eval_brier, ["--out_dir", "changed", "--data", "foxes"], "(tokenizer)"),
+    "heads": (train, [*FOXES_DATA, "ae", "--n_head", "5"], "a multiple of 2 n_head = 10"),
     "chunk": (train, [*FOXES_DATA, "ae", "--chunk_size", "8"], "is 8, but the autoencoder's is 4"),
     "context": (train, [*FOXES_DATA, "new", "--block_size", "2"], "too short a context"),
     "temperature 0": (sample, [*OUT, "--temperature", "0"], "the greedy way is --noise 0"),
-    "temperature 2": (eval_brier, [*OUT, "--temperature", "2"], "must be in (0, 1], not 2"),
     "few candidates": (sample, [*OUT, "--temperature", "0.01"], "64 is below 1/temperature = 100"),
     "stride": (eval_brier, [*OUT, "--stride", "6"], "does not fit chunks of 4: try 16"),
     "another text": (train, ["--data", "cats", *SHORT, "--out_dir", "ae"], "is not the text"),
@@ -52,12 +51,13 @@ def faulty(trained, tmp_path_factory):
         (folder / place).mkdir()
     shutil.copy(folder / "out" / "autoencoder.pt", folder / "ae")
     calm = checkpoint_of(folder / "out", "calm")
-    calm["data"] = {**calm["data"], "fingerprint": 1}
+    calm["data"] = {**calm["data"], "fingerprint": 1, "tokenizer": "gpt2"}
     save_checkpoint(folder / "changed" / "calm.pt", calm)
     (folder / "cats.txt").write_text(FOXES.replace("fox", "cat"))
     (folder / "short.txt").write_text("too short")
     (folder / "latin.txt").write_bytes("é".encode("latin-1") * 9)
     (folder / "small.model").write_text("IQ== 0\n")
+    (folder / "x.jsonl").write_text('{"title": "x"}\n')
     (folder / "pictures" / "a.png").write_bytes(b"x")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.prepare, "DATA_DIR", folder)
@@ -80,8 +80,9 @@ def test_a_mistake_is_one_line_and_nothing_is_written(case, faulty, run, monkeyp
 
 def test_processes_that_do_not_divide_are_one_line(trained):
     args = train.parse_args([*SHORT, "--model", "ar", "--grad_accum", "32"])
+    foxes = data.prepare.TokenData(trained / "foxes")
     with pytest.raises(SystemExit, match="--grad_accum 32 must be a multiple of the 3 processes"):
-        train.plan("ar", None, args, None, SimpleNamespace(size=3), None, 0.0)
+        train.train("ar", tiny_ar(), args, foxes, SimpleNamespace(size=3, device="cpu"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_step(
@@ -95,7 +96,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_step(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.AR, "forward", forward)
-        assert "ar: the loss is nan at step 15: lower --lr" in run(train, *flags).error
+        assert "ar: not finite at step 15 (loss nan): lower --lr" in run(train, *flags).error
     checkpoint = checkpoint_of(tmp_path, "ar")
     assert checkpoint["step"] == 10
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
