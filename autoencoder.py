@@ -153,7 +153,7 @@ class Autoencoder(nn.Module):
     def loss(self, tokens):
         """The training objective (section 2.2): tokens (..., T*K) -> loss (a scalar), metrics.
 
-        K * cross-entropy (a mean over tokens, so times K) + beta * KL: nats for a chunk.
+        K * cross-entropy, which is a mean over tokens, + beta * KL: nats for a chunk.
 
         The KL term pulls every posterior towards N(0, 1), which keeps the space of vectors
         smooth. But a dimension that is pulled all the way *is* N(0, 1), for every chunk: it has
@@ -229,7 +229,7 @@ def describe_vectors(model, chunks):
 
 
 def main():
-    import argparse   # here, for the method above needs torch alone
+    import argparse   # imported here: the method above needs torch alone
     from pathlib import Path
 
     from data.machine import load_checkpoint

@@ -6,7 +6,7 @@ A training step in five lines (`python calm.py` takes a line of text through the
     chunks of K tokens        -> one input vector each       CALM.inputs
     input vectors             -> hidden states h_t           Transformer
     h_t and noise             -> N samples z of a vector     EnergyHead.sample
-    the true chunk t+1        -> M samples y of its vector   N(mean, std^2) of the frozen encoder
+    the true chunk t+1        -> M samples y of its vector   the frozen encoder's Gaussian
     the samples z and y       -> loss                        energy_score
 
 Read it from here to AR, the token-by-token baseline. Two slower heads and costs come after.
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder import (Autoencoder, AutoencoderConfig, RMSNorm, SwiGLU, init_weights,
-                         posterior_samples)   # samples of N(mean, std^2), the encoder's output
+                         posterior_samples)   # draws from the encoder's Gaussian
 
 
 @dataclass
@@ -48,7 +48,7 @@ class CALMConfig:
     alpha: float = 1.0        # exponent of the energy score, in (0, 2)
     input_mode: Literal["discrete", "continuous", "both"] = "discrete"   # tokens, latents, both
     head: str = "energy"      # generative head, a name in HEADS
-    num_evals: int = 0        # network calls per sample of flow, diffusion; 0: 20, 100
+    num_evals: int = 0        # network calls a sample takes; 0: 20 (flow), 100 (diffusion)
     aux_weight: float = 0.0   # weight of CALM.auxiliary_loss: ours, not the paper's
 
 
@@ -68,8 +68,7 @@ class ARConfig:
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # Always on the CPU: load_official builds on the meta device, without numbers, and no
-    # checkpoint holds these tables.
+    # On the CPU even where sample.load_official builds on meta: no checkpoint holds these.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)  # (positions, hs)
@@ -87,7 +86,7 @@ class KVCache:
 
     def __init__(self, block_size):
         self.block_size = block_size
-        self.length = 0     # filled positions; to set it lower is to forget the last ones
+        self.length = 0     # filled positions; Transformer.forward moves it; lower is to forget
         self.layers = {}    # layer -> keys and values (2, B, nh, block_size, hs)
 
     def write(self, layer, k, v):
@@ -96,7 +95,7 @@ class KVCache:
             B, nh, _, hs = k.shape
             self.layers[layer] = k.new_zeros(2, B, nh, self.block_size, hs)
         end = self.length + k.shape[2]
-        self.layers[layer][..., self.length:end, :] = torch.stack([k, v])  # length: Transformer
+        self.layers[layer][..., self.length:end, :] = torch.stack([k, v])
         return self.layers[layer][..., :end, :]
 
 
@@ -222,8 +221,8 @@ class EnergyHead(nn.Module):
         """n samples given h (..., D) -> z (n, ..., L).
 
         noise (n, ..., n_noise): uniform in [-0.5, 0.5], drawn here unless given. noise_scale,
-        from 0 to 1: ours, not the paper's. It scales the path past the blocks (their LayerNorm
-        undoes it). The text gets likelier, and less varied, as at a low temperature, for free.
+        0 to 1, is ours: blocks normalise their input, so only the path past them carries less
+        noise. The text gets likelier and less varied, as at a low temperature, for free.
         """
         if noise is None:
             noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5
@@ -250,13 +249,13 @@ def energy_score(z, y, alpha=1.0):
         2/(N M) sum_{n,m} |z_n - y_m|^alpha  -  1/(N (N-1)) sum_{n != i} |z_n - z_i|^alpha
 
     The first term pulls the samples to the targets, the second keeps them apart. Why this
-    trains a distribution: its mean over all draws, minus the constant E|y - y'|^alpha, is
+    trains a distribution: its mean, less a constant, is, where z', y' are other draws,
 
         2 E|z - y|^alpha - E|z - z'|^alpha - E|y - y'|^alpha,
 
     the energy distance between the distributions of z and of y: for 0 < alpha < 2 at least 0,
-    and 0 only if the two are equal. The text shows one next chunk after each h, but similar h
-    are followed by different chunks: y is distributed over all chunks that can follow.
+    and 0 only if the two are equal. One position shows one next chunk, but similar h stand
+    before different chunks: over the text y is distributed over all chunks that can follow h.
     """
     N = len(z)
     with torch.autocast(z.device.type, enabled=False):
@@ -270,8 +269,8 @@ def energy_score(z, y, alpha=1.0):
 def distances(x, y, alpha):
     """|x_n - y_m|^alpha: x (P, N, L), y (P, M, L) -> (P, N, M).
 
-    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. Its price: below
-    |x| / 1000 distances are rounding errors; below 1e-5 they count as 1e-5, with gradient 0.
+    |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is one baddbmm: no (P, N, M, L) is built. Its price:
+    distances below |x| / 1000 are inaccurate; those below 1e-5 count as 1e-5, with gradient 0.
     """
     x2 = torch.linalg.vector_norm(x, dim=-1) ** 2  # (P, N), less memory than x ** 2
     y2 = torch.linalg.vector_norm(y, dim=-1) ** 2  # (P, M)
@@ -306,7 +305,7 @@ class CALM(nn.Module):
         if config.aux_weight > 0:                             # ours: see auxiliary_loss
             self.aux = nn.Linear(D, K * config.vocab_size)
         self.apply(init_weights)                              # all of the above
-        self.head = HEADS[config.head](config)                # it initialises itself
+        self.head = HEADS[config.head](config)                # (below) initialises itself
         self.autoencoder = autoencoder.requires_grad_(False)  # frozen
 
     def train(self, mode=True):
@@ -343,7 +342,7 @@ class CALM(nn.Module):
 
     def sample_chunks(self, h, n, noise_scale=1.0):
         """n next chunks given each h (..., D) -> tokens (n, ..., K)."""
-        scale = {} if noise_scale == 1 else {"noise_scale": noise_scale}   # of EnergyHead only
+        scale = {} if noise_scale == 1 else {"noise_scale": noise_scale}   # others take none
         return self.autoencoder.tokens(self.head.sample(h, n, **scale))
 
     def latent_inputs(self, chunks):
@@ -394,7 +393,7 @@ class AR(nn.Module):
         return torch.multinomial(p, n, replacement=True).T[..., None]
 
 
-# --- Two slower heads (section 3.2, figure 8) ---
+# --- Two slower heads, for comparison (section 3.2, figure 8): to be skipped at first ---
 
 
 class AdaLNBlock(nn.Module):
@@ -604,7 +603,8 @@ def flops_per_token(config, autoencoder_config=None):
     mean = torch.zeros(1, config.latent_dim)
     loss = (count_flops(head.loss, h, mean, mean) + aux) / config.chunk_size
     sample = count_flops(head.sample, h, 1) / config.chunk_size
-    frozen = encode if config.input_mode == "discrete" else -encode   # 3 in hidden: 2 in all
+    # The frozen encoder has no backward pass: for inputs 3 passes in `hidden` are 2 too many.
+    frozen = encode if config.input_mode == "discrete" else encode - 2 * encode
     return {"train": 3 * (hidden + loss) + frozen, "inference": hidden + sample + decode}
 
 

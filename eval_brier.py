@@ -31,8 +31,8 @@ from sample import (check_text, generate, load, load_model, make_parser, next_ch
 
 
 def hit_and_collision(samples, targets):
-    """Samples (S, P, >=4), targets (P, >=4) -> how often a sample equals the target, and how
-    often another sample, in its first n = 1..4 tokens: (P, 4), (P, 4)."""
+    """Samples (S, P, >=4), targets (P, >=4) -> for n = 1..4, the share of samples whose first n
+    tokens are the target's, and the share of pairs that agree in theirs: (P, 4), (P, 4)."""
     S = len(samples)
     samples = samples[..., :4]
     # The cumulative product over tokens is 1 as long as all tokens so far are equal.
@@ -49,7 +49,8 @@ def brier_ngram(samples, targets):
 
 
 def brierlm(brier):
-    """Brier-1..4 (..., 4) -> BrierLM (...): 100 times the geometric mean; 0 if one is negative."""
+    """Means of Brier-1..4 over positions (..., 4) -> BrierLM (...): 100 times the geometric mean;
+    0 if one is negative."""
     return 100 * np.clip(brier, 0, None).prod(-1) ** 0.25
 
 
@@ -60,11 +61,11 @@ def sample_ngrams(model, tokens, starts, S, **sampling):
     steps = math.ceil(4 / K)                      # chunks in an n-gram
     cache = KVCache(model.config.block_size)
     hidden = model.hidden(tokens[:, :-K], cache)  # (B, W/K - 1, D)
-    for layer, kv in cache.layers.items():        # from now on S*B rows
+    for layer, kv in cache.layers.items():        # one copy for each of S samples
         cache.layers[layer] = kv.repeat(1, S, 1, 1, 1)
     ngrams = []
-    # From the last start to the first: what is drawn at a start overwrites the cache after it,
-    # where an earlier start does not look.
+    # A start needs the true text before it in the cache. What is drawn there overwrites what
+    # comes after it. So the last start is first.
     for start in reversed(starts):
         cache.length = start // K
         h = hidden[:, start // K - 1]             # it predicts the chunk at start
@@ -105,7 +106,7 @@ def evaluate(model, data, machine, windows=375, stride=None, context=None, S=8, 
         tokens = data.batch("val", offsets[i:i + batch_size], context).to(machine.device)
         with machine.autocast():
             samples = sample_ngrams(model, tokens, starts, S, **sampling)
-        targets = tokens.unfold(1, 4, 1)[:, list(starts)]  # (B, starts, 4)
+        targets = tokens.unfold(1, 4, 1)[:, list(starts)]  # the truth (B, starts, 4)
         hit, collision = hit_and_collision(samples.flatten(1, 2), targets.flatten(0, 1))
         scores.append(torch.cat([torch.ones_like(hit[:, :1]), hit, collision], dim=1).cpu())
 
@@ -237,7 +238,7 @@ def main():
     machine = Machine(args.device, args.dtype)
     model, checkpoint = load(args, machine)
     data = TokenData(args.data or (checkpoint["data"]["name"] if checkpoint else "wikitext"))
-    same = "tokenizer" if args.data else "fingerprint"   # what a model's data and these share
+    same = "tokenizer" if args.data else "fingerprint"   # must be the model's
     if checkpoint:
         check_text(checkpoint, data, same)
     other = model

@@ -47,8 +47,8 @@ def temperature_exact(samples, temperature):
             continue
         if a == 0:
             return x
-        # Why p(x)^a: with q = 1 - p(x), sample i is reached with probability q^(i-1) prod_{j<i}
-        # (1 - a/j). By the binomial series these sum to (1 - q)^(a-1); times p(x), that is it.
+        # Why p^a, with p = p(x) and q = 1 - p: sample i is x, and the first to be, with
+        # probability p q^(i-1) prod_{j<i} (1 - a/j). The binomial series: all i, p (1 - q)^(a-1).
         for i in itertools.count(1):
             if next(samples) == x:
                 return x
@@ -73,7 +73,7 @@ def temperature_batch(samples, temperature):
     on; here n becomes the largest count at once, which is the same.
 
     For any temperature (ours) C(c, s) = G(c + 1) / (G(s + 1) G(c - s + 1)), with the Gamma
-    function G and s = 1/temperature, for counts c from floor(s) on; 0 for smaller ones.
+    function G and s = 1/temperature, where that is positive: for c from floor(s) on.
     """
     key = samples[..., 0]                                   # a hash of each chunk
     for token in samples.unbind(-1)[1:]:
@@ -83,7 +83,7 @@ def temperature_batch(samples, temperature):
     s = c.amax(0).clamp_max(1 / temperature)                # (batch,)
     log_C = (c + 1).lgamma() - (c - s + 1).lgamma()         # G(s + 1) is the same for all
     log_C = log_C.masked_fill(c < s.floor(), -math.inf)
-    log_weight = log_C - c.log()                            # shared by a chunk's c copies
+    log_weight = log_C - c.log()                            # a chunk's weight, by its c copies
     pick = torch.multinomial(log_weight.softmax(0).T, 1).squeeze(1)  # (batch,)
     return samples[pick, torch.arange(samples.shape[1])]
 
@@ -202,13 +202,13 @@ def cast_matrices(model, dtype):
         if isinstance(module, nn.Linear):
             module.to(dtype)
     if isinstance(model, CALM):
-        model.autoencoder.encoder.embed_tokens.to(dtype)  # the decoder's last matrix
+        model.autoencoder.encoder.embed_tokens.to(dtype)  # also the decoder's output layer
     return model
 
 
 def check_text(checkpoint, data, what="fingerprint"):
-    """End the program unless a data set is the text that a checkpoint's model has learned, or
-    has at least the same "tokenizer"."""
+    """End the program unless data is the text of a checkpoint's model, by a checksum, or has at
+    least the same "tokenizer"."""
     if checkpoint["data"][what] != data.meta[what]:
         raise SystemExit(f"{data.folder} is not the text that this model was trained on, or has "
                          f"changed ({what}): prepare that text again, or use another --out_dir")

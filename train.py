@@ -63,7 +63,7 @@ SMALL = dict(latent_dim=32, n_head_layer=1,
 
 # A preset: defaults for the autoencoder, and for CALM or AR. nano is for two cores of a laptop,
 # mini for one GPU. latent_dim and block_size are for K = 4: parse_args scales them. lr is AdamW's,
-# which beside Muon trains only token tables, norms and biases.
+# which beside Muon trains only embeddings, output layers, norms and biases.
 PRESETS = {
     "nano": (SMALL_AUTOENCODER | dict(max_steps=350),
              SMALL | dict(n_layer=4, n_embd=128, n_head=2, n_ff=344, block_size=128,
@@ -188,8 +188,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(g):
     """Matrices g = U S V^T (n, rows, columns) -> about U V^T, by three Newton-Schulz steps.
 
-    A step takes every singular value s to a s + b s^3 + c s^5. The numbers are those of Polar
-    Express (Amsel et al., 2025): s from 0.002 to 1 ends between 0.18 and 1.87.
+    A step takes every singular value s to a s + b s^3 + c s^5, and leaves U and V. The numbers
+    are those of Polar Express (Amsel et al., 2025): s from 0.002 to 1 ends near 1 (0.18 to 1.87).
     """
     if g.shape[1] > g.shape[2]:
         return orthogonal(g.mT).mT   # the smaller of the two products
@@ -209,7 +209,7 @@ def make_optimizers(model, config, dtype=torch.float32, compiled=False):
     of_tokens = ("embed_tokens.", "lm_head.", "aux.", "encoder.embed_tokens.")
     muon = config.optimizer == "muon"
     matrices = []
-    others = []   # norms, biases, beside Muon those of tokens: AdamW, without weight decay
+    others = []   # norms, biases and, beside Muon, those of tokens: AdamW without decay
     for name, p in model.named_parameters():
         if not p.requires_grad:   # the frozen autoencoder
             continue
@@ -298,7 +298,7 @@ def validate(kind, model, data, machine, batch_size, length):
 def plan(kind, model, args, data, checkpoint, flops_before):
     """How a stage is trained -> its config, tokens in a window, tokens and FLOPs of a step."""
     config = config_of(TrainConfig, args, kind)
-    if checkpoint and kind != args.model:   # stage 1 goes on as it began
+    if checkpoint and kind != args.model:   # flags are for stage 2
         config = TrainConfig(**checkpoint["train_config"])
 
     # A window has a context to read and, at its end, tokens that are only predicted.
@@ -309,7 +309,7 @@ def plan(kind, model, args, data, checkpoint, flops_before):
     autoencoder = getattr(model, "autoencoder", None)
     cost = flops_per_token(model.config, autoencoder and autoencoder.config)
     step_flops = cost["train"] * tokens_per_step
-    if args.flops and kind == args.model:   # which earlier stages have begun to spend
+    if args.flops and kind == args.model:   # for all stages, less what the first spent
         config.max_steps = max(1, round((args.flops - flops_before) / step_flops))
         args.max_steps = config.max_steps
         args.flops = None   # a resumed run goes by max_steps
@@ -332,7 +332,7 @@ def train(kind, model, args, data, machine, checkpoint=None, flops_before=0.0):
     optimizers = make_optimizers(model, config, machine.dtype, compiled)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     if checkpoint:
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())   # if not float16
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())   # {}: not float16
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     faster = torch.compile(model) if compiled else model
@@ -455,13 +455,13 @@ def main():
         if args.model == "calm" and not args.init_from and not (args.out_dir / "calm.pt").exists():
             autoencoder, checkpoint = get_model("autoencoder", args, data)
             model, _ = get_model("calm", args, data, autoencoder)   # now, to see if sizes fit
-            autoencoder.requires_grad_(True)
+            autoencoder.requires_grad_(True)   # which CALM has frozen
             flops = train("autoencoder", autoencoder, args, data, machine, checkpoint)
             autoencoder.requires_grad_(False)
             flops = train("calm", model, args, data, machine, flops_before=flops)
         else:   # a single stage, or a CALM that has its autoencoder inside
             model, checkpoint = get_model(args.model, args, data)
-            vars(args).update(asdict(model.config))   # of a model that was there, not the flags'
+            vars(args).update(asdict(model.config))   # a loaded model keeps its sizes
             args.chunk_size = getattr(model.config, "chunk_size", 1)
             args.context = args.block_size * args.chunk_size
             before = checkpoint["flops_before"] if checkpoint else 0.0
