@@ -229,7 +229,7 @@ def describe_vectors(model, chunks):
 
 
 def main():
-    import argparse   # imported here: the method above needs torch alone
+    import argparse   # here, since the method above needs torch alone
     from pathlib import Path
 
     from data.machine import load_checkpoint

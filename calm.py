@@ -603,7 +603,7 @@ def flops_per_token(config, autoencoder_config=None):
     mean = torch.zeros(1, config.latent_dim)
     loss = (count_flops(head.loss, h, mean, mean) + aux) / config.chunk_size
     sample = count_flops(head.sample, h, 1) / config.chunk_size
-    # The frozen encoder has no backward pass: for inputs 3 passes in `hidden` are 2 too many.
+    # The frozen encoder has no backward pass: 3 passes for inputs, in `hidden`, are 2 too many.
     frozen = encode if config.input_mode == "discrete" else encode - 2 * encode
     return {"train": 3 * (hidden + loss) + frozen, "inference": hidden + sample + decode}
 

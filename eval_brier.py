@@ -171,8 +171,8 @@ def describe(result):
             f"{result['positions']:,} n-grams in {result['documents']} documents, every "
             f"{result['stride']} tokens in windows of {result['context']}, {result['samples']} "
             "samples each")
-    if result["brierlm"] == 0:
-        text += "\nA Brier-n is not above 0: too early to compare."
+    if result["stderr"] is None:
+        text += "\n?: a Brier-n is not surely above 0 (train longer), or there is one document"
     return text
 
 
@@ -238,7 +238,7 @@ def main():
     machine = Machine(args.device, args.dtype)
     model, checkpoint = load(args, machine)
     data = TokenData(args.data or (checkpoint["data"]["name"] if checkpoint else "wikitext"))
-    same = "tokenizer" if args.data else "fingerprint"   # must be the model's
+    same = "tokenizer" if args.data else "fingerprint"   # as in training
     if checkpoint:
         check_text(checkpoint, data, same)
     other = model

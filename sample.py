@@ -211,7 +211,7 @@ def check_text(checkpoint, data, what="fingerprint"):
     least the same "tokenizer"."""
     if checkpoint["data"][what] != data.meta[what]:
         raise SystemExit(f"{data.folder} is not the text that this model was trained on, or has "
-                         f"changed ({what}): prepare that text again, or use another --out_dir")
+                         f"changed ({what}): prepare that text again, or name --data, --out_dir")
 
 
 def make_parser(description):

@@ -63,7 +63,7 @@ SMALL = dict(latent_dim=32, n_head_layer=1,
 
 # A preset: defaults for the autoencoder, and for CALM or AR. nano is for two cores of a laptop,
 # mini for one GPU. latent_dim and block_size are for K = 4: parse_args scales them. lr is AdamW's,
-# which beside Muon trains only embeddings, output layers, norms and biases.
+# which beside Muon trains only what has a row for each token, norms and biases.
 PRESETS = {
     "nano": (SMALL_AUTOENCODER | dict(max_steps=350),
              SMALL | dict(n_layer=4, n_embd=128, n_head=2, n_ff=344, block_size=128,

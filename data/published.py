@@ -1,6 +1,6 @@
 """
 A model as the authors publish it -> our names and sizes. `load_official` in sample.py makes a
-model of them. Nothing here is needed to understand CALM.
+model of them.
 
 Get config.json and pytorch_model.bin of CALM-M and CALM-Autoencoder from
 huggingface.co/cccczshao into folders of these names, and into CALM-M also
