@@ -172,7 +172,7 @@ def describe(result):
             f"{result['stride']} tokens in windows of {result['context']}, {result['samples']} "
             "samples each")
     if result["stderr"] is None:
-        text += "\n?: a Brier-n is not surely above 0 (train longer), or there is one document"
+        text += "\n?: some Brier-n is not surely above 0: too few hits, or too little spread"
     return text
 
 
@@ -191,8 +191,7 @@ def distinct(texts, n=4):
 
 
 def bits_per_token(judge, texts, begin):
-    """The mean of -log2 p(token | all before it), by an AR model, from token `begin` of texts
-    (B, length) on. Text that is unlike any real one is expensive."""
+    """The mean of -log2 p(token | those before), from token `begin` of texts (B, length) on."""
     nats = 0.0
     for text in texts:   # one at a time: the logits of a large vocabulary take gigabytes
         logits = judge.lm_head(judge.hidden(text[None, :-1])[0, begin - 1:]).float()
@@ -247,6 +246,12 @@ def main():
         path = path if path.suffix == ".pt" else path / f"{args.model}.pt"
         other, other_checkpoint = load_model(path.parent, path.stem)
         check_text(other_checkpoint, data, same)
+    judge = None
+    if args.judge or (not args.official and Path(args.out_dir, "ar.pt").is_file()):
+        judge, judge_checkpoint = load_model(args.judge or args.out_dir, "ar")
+        check_text(judge_checkpoint, data, "tokenizer")
+        judge.to(machine.device)
+
     K = math.lcm(model.chunk_size, other.chunk_size)
     stride = args.stride or default_stride(K)
     if stride % K != 0:
@@ -264,11 +269,6 @@ def main():
         for name, (value, error) in result["against"].items():
             print(f"{name:8} {plus_minus(value, error)}")
 
-    judge = None
-    if args.judge or (not args.official and Path(args.out_dir, "ar.pt").is_file()):
-        judge, judge_checkpoint = load_model(args.judge or args.out_dir, "ar")
-        check_text(judge_checkpoint, data, "tokenizer")
-        judge.to(machine.device)
     result["text"] = judge_texts(model, judge, data, machine, seed=args.seed, **sampling)
     for name, found in result["text"].items():
         print(f"{name:8} " + ", ".join(f"{what} {value:.3f}" for what, value in found.items()))
