@@ -68,7 +68,7 @@ class ARConfig:
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # On the CPU even where sample.load_official builds on meta: no checkpoint holds these.
+    # On the CPU even inside load_official's meta device: no checkpoint fills these in.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)  # (positions, hs)
@@ -86,7 +86,7 @@ class KVCache:
 
     def __init__(self, block_size):
         self.block_size = block_size
-        self.length = 0     # filled positions; Transformer.forward moves it; lower is to forget
+        self.length = 0     # filled positions; Transformer.forward moves it; set it lower to forget
         self.layers = {}    # layer -> keys and values (2, B, nh, block_size, hs)
 
     def write(self, layer, k, v):
@@ -221,8 +221,8 @@ class EnergyHead(nn.Module):
         """n samples given h (..., D) -> z (n, ..., L).
 
         noise (n, ..., n_noise): uniform in [-0.5, 0.5], drawn here unless given. noise_scale,
-        0 to 1, is ours: blocks normalise their input, so only the path past them carries less
-        noise. The text gets likelier and less varied, as at a low temperature, for free.
+        0 to 1, is ours: blocks normalise x, which undoes it, but the residual path keeps it. The
+        text gets likelier and less varied, as at a low temperature, for free.
         """
         if noise is None:
             noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5
@@ -506,7 +506,7 @@ class DiffusionHead(TimeNet):
 
         a, a_before (..., 1), in float64: a_t and a_{t-1}, or, in a chain that takes only some
         of the steps, that of the step before. v (..., L), from the network: at -1 the
-        log-variance is that of the posterior, at 1 that of the step forward, log beta.
+        log-variance is that of q above, at 1 that of the step forward, log beta.
         """
         beta = 1 - a / a_before                     # variance of q(x_t | x_{t-1})
         z_weight = a_before.sqrt() * beta / (1 - a)
@@ -603,7 +603,7 @@ def flops_per_token(config, autoencoder_config=None):
     mean = torch.zeros(1, config.latent_dim)
     loss = (count_flops(head.loss, h, mean, mean) + aux) / config.chunk_size
     sample = count_flops(head.sample, h, 1) / config.chunk_size
-    # The frozen encoder has no backward pass: 3 passes for inputs, in `hidden`, are 2 too many.
+    # `hidden` counts as 3 encoder passes for inputs, but 1 is run: 2 less. Targets: 1 more.
     frozen = encode if config.input_mode == "discrete" else encode - 2 * encode
     return {"train": 3 * (hidden + loss) + frozen, "inference": hidden + sample + decode}
 

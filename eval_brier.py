@@ -237,7 +237,7 @@ def main():
     machine = Machine(args.device, args.dtype)
     model, checkpoint = load(args, machine)
     data = TokenData(args.data or (checkpoint["data"]["name"] if checkpoint else "wikitext"))
-    same = "tokenizer" if args.data else "fingerprint"   # as in training
+    same = "tokenizer" if args.data else "fingerprint"   # what must be as in training
     if checkpoint:
         check_text(checkpoint, data, same)
     other = model

@@ -47,8 +47,8 @@ def temperature_exact(samples, temperature):
             continue
         if a == 0:
             return x
-        # Why p^a, with p = p(x) and q = 1 - p: sample i is x, and the first to be, with
-        # probability p q^(i-1) prod_{j<i} (1 - a/j). The binomial series: all i, p (1 - q)^(a-1).
+        # Why p^a (p = p(x), q = 1 - p): sample i is reached, and the first x, with probability
+        # p q^(i-1) prod_{j<i} (1 - a/j). Summed over i (binomial series): p (1 - q)^(a-1) = p^a.
         for i in itertools.count(1):
             if next(samples) == x:
                 return x
@@ -73,7 +73,7 @@ def temperature_batch(samples, temperature):
     on; here n becomes the largest count at once, which is the same.
 
     For any temperature (ours) C(c, s) = G(c + 1) / (G(s + 1) G(c - s + 1)), with the Gamma
-    function G and s = 1/temperature, where that is positive: for c from floor(s) on.
+    function G and s = 1/temperature, for c >= floor(s); below that the weight is 0.
     """
     key = samples[..., 0]                                   # a hash of each chunk
     for token in samples.unbind(-1)[1:]:
@@ -83,7 +83,7 @@ def temperature_batch(samples, temperature):
     s = c.amax(0).clamp_max(1 / temperature)                # (batch,)
     log_C = (c + 1).lgamma() - (c - s + 1).lgamma()         # G(s + 1) is the same for all
     log_C = log_C.masked_fill(c < s.floor(), -math.inf)
-    log_weight = log_C - c.log()                            # a chunk's weight, by its c copies
+    log_weight = log_C - c.log()                            # the chunk's weight / its c copies
     pick = torch.multinomial(log_weight.softmax(0).T, 1).squeeze(1)  # (batch,)
     return samples[pick, torch.arange(samples.shape[1])]
 

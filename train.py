@@ -62,8 +62,8 @@ SMALL = dict(latent_dim=32, n_head_layer=1,
              optimizer="muon", warmup_steps=50, decay_frac=0.8, grad_accum=1)
 
 # A preset: defaults for the autoencoder, and for CALM or AR. nano is for two cores of a laptop,
-# mini for one GPU. latent_dim and block_size are for K = 4: parse_args scales them. lr is AdamW's,
-# which beside Muon trains only what has a row for each token, norms and biases.
+# mini for one GPU. latent_dim and block_size are for K = 4: parse_args scales them. lr is AdamW's:
+# with Muon it trains only embeddings, token outputs, norms and biases.
 PRESETS = {
     "nano": (SMALL_AUTOENCODER | dict(max_steps=350),
              SMALL | dict(n_layer=4, n_embd=128, n_head=2, n_ff=344, block_size=128,
@@ -189,7 +189,7 @@ def orthogonal(g):
     """Matrices g = U S V^T (n, rows, columns) -> about U V^T, by three Newton-Schulz steps.
 
     A step takes every singular value s to a s + b s^3 + c s^5, and leaves U and V. The numbers
-    are those of Polar Express (Amsel et al., 2025): s from 0.002 to 1 ends near 1 (0.18 to 1.87).
+    are those of Polar Express (Amsel et al., 2025): s from 0.002 to 1 ends between 0.18 and 1.87.
     """
     if g.shape[1] > g.shape[2]:
         return orthogonal(g.mT).mT   # the smaller of the two products
@@ -298,7 +298,7 @@ def validate(kind, model, data, machine, batch_size, length):
 def plan(kind, model, args, data, checkpoint, flops_before):
     """How a stage is trained -> its config, tokens in a window, tokens and FLOPs of a step."""
     config = config_of(TrainConfig, args, kind)
-    if checkpoint and kind != args.model:   # flags are for stage 2
+    if checkpoint and kind != args.model:   # a resumed stage 1: the flags are CALM's
         config = TrainConfig(**checkpoint["train_config"])
 
     # A window has a context to read and, at its end, tokens that are only predicted.
