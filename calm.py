@@ -68,7 +68,7 @@ class ARConfig:
 
 def rotary_tables(head_dim, positions, theta=10000.0):
     """cos and sin of position * frequency, (positions, hs) each, as for LLaMA's rotate_half."""
-    # On the CPU even inside load_official's meta device: no checkpoint fills these in.
+    # On the CPU even where a model is made on "meta" (sample.py): no checkpoint has these.
     frequency = theta ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
     angle = torch.outer(torch.arange(positions, device="cpu").float(), frequency)
     angle = angle.repeat(1, 2)  # (positions, hs)
@@ -221,8 +221,8 @@ class EnergyHead(nn.Module):
         """n samples given h (..., D) -> z (n, ..., L).
 
         noise (n, ..., n_noise): uniform in [-0.5, 0.5], drawn here unless given. noise_scale,
-        0 to 1, is ours: blocks normalise x, which undoes it, but the residual path keeps it. The
-        text gets likelier and less varied, as at a low temperature, for free.
+        0 to 1, is ours: in x + f(LayerNorm(x), c) it leaves f as it is, but makes the noise in x
+        smaller. The text gets likelier and less varied, as at a low temperature, for free.
         """
         if noise is None:
             noise = torch.rand(n, *h.shape[:-1], self.config.n_noise, device=h.device) - 0.5

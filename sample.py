@@ -47,7 +47,7 @@ def temperature_exact(samples, temperature):
             continue
         if a == 0:
             return x
-        # Why p^a (p = p(x), q = 1 - p): sample i is reached, and the first x, with probability
+        # Why p^a (p = p(x), q = 1 - p): sample i is the first that equals x, with probability
         # p q^(i-1) prod_{j<i} (1 - a/j). Summed over i (binomial series): p (1 - q)^(a-1) = p^a.
         for i in itertools.count(1):
             if next(samples) == x:

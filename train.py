@@ -41,7 +41,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"   # muon: for most matrices
     lr: float = 3e-4           # peak learning rate of AdamW
     muon_lr: float = 0.01      # peak learning rate of Muon
-    weight_decay: float = 0.1  # of matrices; with Muon, of its own
+    weight_decay: float = 0.1  # of matrices; with Muon, of those it trains
     grad_clip: float = 1.0     # largest norm of the gradient
     warmup_steps: int = 2000   # steps over which the rate rises to its peak
     decay_frac: float = 0.0    # share of the steps, at the end, over which the rate falls to 0
@@ -332,7 +332,7 @@ def train(kind, model, args, data, machine, checkpoint=None, flops_before=0.0):
     optimizers = make_optimizers(model, config, machine.dtype, compiled)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     if checkpoint:
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())   # {}: not float16
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())   # {} if not float16
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     faster = torch.compile(model) if compiled else model
