@@ -27,17 +27,18 @@ NAMES = {"calm": "CALM", "ar": "token model"}
 START = "class Test("
 COLORS = ("C0", "C1", "C2", "C3", "C4", "C6", "C8", "C9")   # all but brown and grey
 
-# `nano`, by data/RESULTS.md: BrierLM over training FLOPs in units of 1e13, seed 0;
+# `nano`, by data/RESULTS.md: BrierLM over training FLOPs, seed 0;
 SCORES = {
-    "CALM": ([1, 3.18, 8], [13.9, 18.1, 21.9]),
-    "token model": ([1, 3.18, 8], [19.6, 25.9, 32.0]),
+    "CALM": ([1e13, 3.18e13, 8e13], [13.09, 18.10, 21.9]),
+    "token model": ([1e13, 3.18e13, 8e13], [19.6, 25.92, 32.0]),
 }
-# and bits of a written byte, as a token model reads it, over the FLOPs to write it, in 1e6.
+# and how likely a written text is, in bits a byte, over how varied it is, by distinct-4.
 WAYS = {
-    "CALM, temperature 1, 0.65, 0.5": ([1, 2, 3], [5, 4, 2.3]),
-    "CALM, --noise 0.5, 0.25, 0": ([1, 1, 1], [4.6, 3.7, 3.5]),
-    "token model, temperature 1, 0.65, 0.5": ([3, 3, 3], [2.1, 1.2, 0.9]),
-    "real text": ([1, 3], [1.7, 1.7]),
+    "CALM, temperature 1, 0.65, 0.5": ([0.75, 0.62, 0.32], [5.40, 4.44, 2.59]),
+    "CALM, --noise 1, 0.5, 0.25, 0": ([0.75, 0.61, 0.52, 0.21], [5.40, 4.36, 3.91, 3.36]),
+    "CALM, K = 2, --noise 1, 0.25": ([0.66, 0.54], [3.86, 3.11]),
+    "token model, temperature 1, 0.65, 0.5": ([0.53, 0.34, 0.25], [2.14, 1.26, 1.06]),
+    "real text": ([0.46], [1.86]),
 }
 
 # For a page that may be light or dark: grey, without a background.
@@ -70,7 +71,7 @@ def draw_lines(lines, path, **labels):
     figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for name, (x, y) in lines.items():
         axes.plot(x, y, "o-", label=name)
-    axes.set(xscale="log", **labels)
+    axes.set(**labels)
     axes.legend(frameon=False)
     save(figure, path)
 
@@ -125,11 +126,11 @@ def main():
     parser.add_argument("what", nargs="*", help="folders of runs; or `clouds` and one")
     parser.add_argument("--start", default=START, help="the prompt of clouds")
     args = parser.parse_args()
-    score = {"xlabel": "training FLOPs", "ylabel": "BrierLM"}
+    score = {"xlabel": "training FLOPs", "ylabel": "BrierLM", "xscale": "log"}
     if not args.what:
         draw_lines(SCORES, HERE / "curve.svg", **score)
-        draw_lines(WAYS, HERE / "text.svg", xlabel="FLOPs to write a byte, in units of 1e6",
-                   ylabel="bits per byte of what is written")
+        draw_lines(WAYS, HERE / "text.svg", xlabel="distinct-4, a share",
+                   ylabel="bits per byte, by another token model")
     elif args.what[0] == "clouds":
         draw_clouds(args.what[1], args.start, "clouds.png")
     else:
