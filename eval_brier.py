@@ -166,19 +166,17 @@ def difference(rows, other_rows):
 def describe(result):
     """What `evaluate` found, as text."""
     ngrams = ", ".join(f"{100 * brier:.2f}" for brier in result["brier"])
-    text = (f"BrierLM {plus_minus(result['brierlm'], result['stderr'])} (100 times Brier-1 to -4: "
+    return (f"BrierLM {plus_minus(result['brierlm'], result['stderr'])} (100 times Brier-1 to -4: "
             f"{ngrams})\naccuracy {result['accuracy']:.4f}, collision {result['collision']:.4f}; "
             f"{result['positions']:,} n-grams in {result['documents']} documents, every "
             f"{result['stride']} tokens in windows of {result['context']}, {result['samples']} "
             "samples each")
-    if result["stderr"] is None:
-        text += "\n?: some Brier-n is not surely above 0: too few hits, or too little spread"
-    return text
 
 
 def plus_minus(value, error):
-    """A number and its standard error as text, with `?` for an error that is not known."""
-    return f"{value:.4g} +- " + ("?" if error is None else f"{error:.3g}")
+    """A number and its standard error as text."""
+    unknown = "? (some Brier-n is not surely above 0: too few hits, or too little spread)"
+    return f"{value:.4g} +- " + (unknown if error is None else f"{error:.3g}")
 
 
 # --- Beside the score: what BrierLM cannot see ---
