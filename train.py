@@ -84,7 +84,7 @@ PRESETS = {
 def make_parser():
     parser = argparse.ArgumentParser(description="Train CALM, its autoencoder, or AR.")
     add = parser.add_argument
-    add("--model", default="calm", choices=KINDS, help="what is trained, and what flags are for")
+    add("--model", default="calm", choices=KINDS, help="what is trained; flags are for it")
     add("--preset", default="mini" if torch.cuda.is_available() else "nano", choices=PRESETS)
     add("--data", default=DEFAULT_DATA, help="a data set in data/; known ones are made if missing")
     add("--out_dir", help="the run's folder; by default out/ and the name of the data")

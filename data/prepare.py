@@ -66,8 +66,8 @@ def get_tokenizer(name):
         pairs = [line.split() for line in Path(name).read_bytes().splitlines()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     except Exception as error:   # of many kinds
-        raise SystemExit(f"no tokenizer {name!r} ({type(error).__name__}): expected bytes, a file "
-                         "of tiktoken's format, or, with a network, gpt2, o200k_base, ...")
+        raise SystemExit(f"no tokenizer {name!r} ({type(error).__name__}): expected bytes, a "
+                         "tiktoken file, or, with a network, gpt2, o200k_base, ...")
     special = {f"<|reserved_{i}|>": len(ranks) + i for i in range(256)}
     special["<|endoftext|>"] = special.pop("<|reserved_0|>")   # Llama's <|begin_of_text|>
     return tiktoken.Encoding(Path(name).name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,

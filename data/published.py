@@ -20,7 +20,7 @@ import torch
 TENSOR_NAMES = {
     r"^(.*\.)?(?=(en|de)coder\.)": "autoencoder.",
     r"transformer\.embed_tokens": "embed_tokens",
-    # Their energy model has its head under two names: a file may have either, or both.
+    # Their energy head has two names: a file may have either, or both.
     r"mlp_generator|generative_head(\.net)?": "head",
     r"time_embed\.mlp": "time_embed",
 }
