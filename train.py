@@ -226,7 +226,7 @@ def make_optimizers(model, config, dtype=torch.float32, compiled=False):
 
 
 def set_rates(optimizers, step, config):
-    """The schedule of the learning rates: a linear warm-up, constant, then linear to 0."""
+    """The schedule of the learning rates: linear up, constant, linear to 0."""
     rise = step / max(config.warmup_steps, 1)
     fall = (config.max_steps + 1 - step) / max(config.decay_frac * config.max_steps, 1)
     factor = min(rise, 1.0, fall)
