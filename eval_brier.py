@@ -175,7 +175,7 @@ def describe(result):
 
 def plus_minus(value, error):
     """A number and its standard error as text."""
-    unknown = "? (some Brier-n is not surely above 0)"
+    unknown = "? (one document, or a Brier-n not surely above 0)"
     return f"{value:.4g} +- " + (unknown if error is None else f"{error:.3g}")
 
 

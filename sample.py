@@ -215,7 +215,7 @@ def check_text(checkpoint, data, what="fingerprint"):
 
 
 def make_parser(description):
-    """A parser with the flags of a script that loads a model and draws from it."""
+    """A parser with the flags of scripts that draw from a model."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--out_dir", default=f"out/{DEFAULT_DATA}", help="the run's folder")
