@@ -30,7 +30,7 @@ COLORS = ("C0", "C1", "C2", "C3", "C4", "C6", "C8", "C9")   # all but brown and 
 # `nano`, by data/RESULTS.md: BrierLM over training FLOPs, means of seeds;
 SCORES = {
     "CALM": ([1e13, 3.18e13, 8e13], [13.50, 18.31, 21.88]),
-    "token model of the same width": ([1e13, 3.18e13], [17.95, 27.16]),
+    "token model, as wide": ([1e13, 3.18e13, 8e13], [17.95, 27.16, 33.88]),
 }
 # and how likely a written text is, in bits a byte, over how varied it is, by distinct-4.
 WAYS = {
