@@ -4,8 +4,7 @@ Speed and memory of any configuration, with random weights and random tokens: it
     python tests/bench.py                                   # the preset of this machine
     python tests/bench.py --preset S --n_embd 512 --n_layer 8 --vocab_size 32000 --json
 
-The flags are those of train.py. It measures a training step, and generation by CALM and by the
-token model. Each figure is a median; peak memory is that of training.
+The flags are those of train.py. Figures are medians; peak memory is that of training.
 """
 import argparse
 import json

@@ -55,7 +55,7 @@ def test_another_chunk_size_alone_is_a_run_that_works(K, tmp_path, run, trained)
 def test_a_run_of_so_many_flops_counts_its_autoencoder(fit, tmp_path, trained):
     spent = checkpoint_of(trained / "out", "autoencoder")["flops"]
     for model, extra in (("calm", spent), ("ar", 0.0)):
-        fit(tmp_path, "--model", model, "--flops", 1.2 * spent)
+        fit(tmp_path, "--model", model, "--flops", 1.2 * spent, "--block_size", 32)   # not its 16
         checkpoint = checkpoint_of(tmp_path, model)
         a_step = (checkpoint["flops"] - extra) / checkpoint["step"]
         assert checkpoint["flops"] == pytest.approx(1.2 * spent, abs=a_step / 2 + 1)
@@ -237,8 +237,7 @@ def test_matrices_decay_and_beside_muon_no_matrix_of_tokens_does(optimizer):
 
 def test_flags_are_for_the_model_that_model_names():
     """Its autoencoder has the sizes of a chunk from them, and what CALM has not."""
-    flags = ["--preset", "nano", "--n_embd", "64", "--lr", "1", "--latent_dim", "9", "--dropout",
-             "0.3"]
+    flags = "--preset nano --n_embd 64 --lr 1 --latent_dim 9 --dropout 0.3".split()
     for model, width, rate in (("calm", 128, 6e-3), ("autoencoder", 64, 1.0)):
         args = train.parse_args([*flags, "--model", model])
         config = train.config_of(train.AutoencoderConfig, args, "autoencoder")
@@ -251,15 +250,16 @@ def test_flags_are_for_the_model_that_model_names():
 
 def test_a_run_begins_with_the_weights_of_another_and_resumes_with_its_settings(
         trained, run, tmp_path):
-    """At a rate near 0 they stay what they are."""
+    """At a rate near 0 they stay what they are; and with its sizes, whatever the flags say."""
     flags = ["--data", trained / "foxes", "--out_dir", tmp_path]
     slow = ["--max_steps", 1, "--lr", 1e-12, "--muon_lr", 1e-12, "--batch_size", 2, "--seed", 3]
     assert run(train, *flags, "--init_from", trained / "out", *slow).error is None
     assert_same_weights(trained / "out", tmp_path, "calm", atol=1e-6)
     args = train.parse_args(["--resume", "--out_dir", str(tmp_path), "--lr", "0.5"])
     assert (args.seed, args.muon_lr, args.lr) == (3, 1e-12, 0.5)
-    assert run(train, *flags, "--resume", "--max_steps", 2).error is None
-    assert checkpoint_of(tmp_path, "calm")["step"] == 2
+    assert run(train, *flags, "--resume", "--max_steps", 2, "--block_size", 8).error is None
+    resumed = checkpoint_of(tmp_path, "calm")
+    assert resumed["step"] == 2 and resumed["settings"]["block_size"] == 16
 
 
 def test_the_bench_measures_training_and_generation(run):
